@@ -1,0 +1,492 @@
+"""The fake-quant module set: Eq. (1)-(8) as torch modules, put into a Hugging Face ViT, DeiT or Swin.
+
+Read from top to bottom, it is: the quantizers, the layers that use them, the attention that uses them, how a
+pretrained network is fitted with them and given its first scales, and how the result is packed into a file.
+
+"Fake" quantization computes in floating point with values that lie exactly on an integer grid, so that gradients
+reach the weights and the scales. The same numbers come out of an integer matrix product followed by one
+multiplication with the scales; see `test_a_quantized_layer_is_an_integer_matrix_product`.
+"""
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (AttentionInterface, AutoConfig, DeiTForImageClassification,
+                          DeiTForImageClassificationWithTeacher, SwinForImageClassification,
+                          ViTForImageClassification)
+
+TERNARY = 1.58  # log2(3), the information in one weight of three levels
+EDGE_BITS = 8
+FORMAT_VERSION = 1
+FAMILIES = {family.__name__: family for family in (ViTForImageClassification, DeiTForImageClassification,
+                                                   DeiTForImageClassificationWithTeacher, SwinForImageClassification)}
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used; the message is one line that names it and the remedy."""
+
+
+def parse_bits(text):
+    """"w4a4" -> (4, 4), "w158a8" -> (1.58, 8): bits of the weights and of the activations."""
+    match = re.fullmatch(r"w(158|[2-8])a([2-8])", text)
+    if not match:
+        raise BadInput(f"bits {text!r}: write wXaY with X one of 158 (ternary), 2, 3, .. 8 and Y one of 2, 3, .. 8, "
+                       "for example w4a4 or w158a8")
+    weight, activation = match.groups()
+    return TERNARY if weight == "158" else int(weight), int(activation)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantizers: Eq. (1)-(3)
+# ---------------------------------------------------------------------------------------------------------------
+
+class RoundSTE(torch.autograd.Function):
+    """round() with the gradient of the identity (straight-through estimator, Bengio 2013).
+
+    The true derivative is zero almost everywhere, so nothing below a quantizer would ever learn.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+round_ste = RoundSTE.apply
+
+
+def fake_quantize(x, scale, zero_point, bits):
+    """Eq. (1): activations, uniform affine. x any shape; scale and zero_point broadcast against it.
+
+    With straight-through rounding, autograd alone yields the gradients of LSQ (Esser 2020) and LSQ+ (Bhalgat 2020):
+    inside the range dx^/ds = q - round(z) - x/s and dx^/dz = 0; where x is clipped, q - round(z) and -s.
+    """
+    zero_point = round_ste(zero_point)
+    q = torch.clamp(round_ste(x / scale) + zero_point, 0, 2 ** bits - 1)
+    return scale * (q - zero_point)
+
+
+def weight_range(bits):
+    """The lowest and the highest integer of a weight."""
+    return (-1, 1) if bits == TERNARY else (-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+
+def fake_quantize_weight(weight, scale, bits):
+    """Eq. (2), and Eq. (3) for bits = TERNARY. weight (O, ...), scale (O, 1, ...): one scale an output channel.
+
+    No zero point: an asymmetric weight grid would add a term that depends on the input to every integer product.
+    """
+    return scale * torch.clamp(round_ste(weight / scale), *weight_range(bits))
+
+
+# Eq. (6) searches these fractions of the largest magnitude. Logarithmic, because a few tokens of a ViT carry massive
+# activations: where the maximum is a hundred times the 99.9th percentile, the best range is a few percent of it.
+CLIPPING_GRID = torch.logspace(0, -2, 80).tolist()
+# A quantizer looks at no more values than this of its first images: the error of a range is a mean, and 2^17 values
+# give it to better than the grid's resolution at a hundredth of the time.
+INITIALIZATION_VALUES = 2 ** 17
+
+
+def smallest_error(x, candidates, quantize):
+    """For each row of x (R, N), the candidate (a tuple of (R, 1) tensors) whose quantization error is least."""
+    best, best_error = None, None
+    for candidate in candidates:
+        error = (quantize(x, *candidate) - x).square().sum(1, keepdim=True)  # (R, 1)
+        if best is None:
+            best, best_error = candidate, error
+        better = error < best_error
+        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best))
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def activation_scale(x, bits):
+    """Eq. (6) for activations: x (R, N) -> scale and zero point, (R, 1) each.
+
+    The two ends of the range are searched one after the other, since GELU and softmax are far from symmetric.
+    """
+    def scale_and_zero_point(low, high):
+        scale = (high - low).clamp_min(1e-8) / (2 ** bits - 1)
+        return scale, -low / scale
+
+    def quantize(x, low, high):
+        return fake_quantize(x, *scale_and_zero_point(low, high), bits)
+
+    # zero stays inside the range: padding and the floor of GELU and softmax are then represented almost exactly
+    low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    low, high = smallest_error(x, [(low * f, high * f) for f in CLIPPING_GRID], quantize)
+    full_low, full_high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    low, high = smallest_error(x, [(low, high)] + [(low, full_high * f) for f in CLIPPING_GRID], quantize)
+    low, high = smallest_error(x, [(low, high)] + [(full_low * f, high) for f in CLIPPING_GRID], quantize)
+    return scale_and_zero_point(low, high)
+
+
+def weight_scale(weight, bits):
+    """Eq. (6) for weights: (O, ...) -> (O, 1)."""
+    rows = weight.flatten(1)
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-8)
+    candidates = [(f * largest / weight_range(bits)[1],) for f in CLIPPING_GRID]
+    return smallest_error(rows, candidates, lambda w, scale: fake_quantize_weight(w, scale, bits))[0]
+
+
+class ActivationQuantizer(nn.Module):
+    """Eq. (1) with its learned scale and zero point: one pair a tensor, or one a head for x (B, heads, T, d).
+
+    The scale is kept as its logarithm: it cannot turn negative, and one step of Adam, whose size does not depend on
+    the gradient's, changes every scale of the network by the same fraction.
+    """
+
+    def __init__(self, bits, heads=None):
+        super().__init__()
+        self.bits, self.enabled = bits, True
+        shape = () if heads is None else (heads, 1, 1)
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+        self.zero_point = nn.Parameter(torch.zeros(shape))
+
+    @torch.no_grad()
+    def initialize(self, x):
+        """Eq. (6) on the values x that arrive here."""
+        rows = x.reshape(1, -1) if self.log_scale.dim() == 0 else x.transpose(0, 1).flatten(1)  # (1 or heads, N)
+        # a random sample, since a regular stride would always meet the same channels
+        keep = torch.randint(rows.shape[1], (INITIALIZATION_VALUES // len(rows),)) if rows.numel() > \
+            INITIALIZATION_VALUES else torch.arange(rows.shape[1])
+        scale, zero_point = activation_scale(rows[:, keep.to(rows.device)].float(), self.bits)
+        self.log_scale.copy_(scale.log().view_as(self.log_scale))
+        self.zero_point.copy_(zero_point.view_as(self.zero_point))
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        return fake_quantize(x, self.log_scale.exp(), self.zero_point, self.bits)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers: Eq. (2)-(5)
+# ---------------------------------------------------------------------------------------------------------------
+
+class QuantWeight:
+    """What QuantLinear and QuantConv2d share: a weight with a learned scale an output channel, and a quantized input.
+
+    Eq. (5), W = W_0 + dW, needs no code of its own: `weight` starts as the pretrained W_0 and is trained itself.
+    """
+
+    def fit(self, layer, weight_bits, input_quantizer, log_r=None):
+        """Take over the weights of the floating-point `layer`; log_r is shared with the LayerNorm before it."""
+        self.load_state_dict(layer.state_dict())
+        self.weight_bits, self.input_quantizer, self.enabled = weight_bits, input_quantizer, True
+        self.weight_log_scale = nn.Parameter(torch.zeros(len(self.weight), *[1] * (self.weight.dim() - 1)))
+        self.register_parameter("log_r", log_r)
+        return self
+
+    def rescaled_weight(self):
+        """The right-hand factor of Eq. (4), W diag(r)."""
+        return self.weight if self.log_r is None else self.weight * self.log_r.exp()
+
+    @torch.no_grad()
+    def initialize(self):
+        scale = weight_scale(self.rescaled_weight(), self.weight_bits)
+        self.weight_log_scale.copy_(scale.log().view_as(self.weight_log_scale))
+
+    def effective_weight(self):
+        """The weight that the forward uses: quantized by Eq. (2) or (3), after the rescaling of Eq. (4)."""
+        weight = self.rescaled_weight()
+        return fake_quantize_weight(weight, self.weight_log_scale.exp(), self.weight_bits) if self.enabled else weight
+
+    @torch.no_grad()
+    def fold(self):
+        if self.log_r is not None:
+            self.weight.copy_(self.rescaled_weight())
+            self.log_r = None
+
+    @torch.no_grad()
+    def integers(self):
+        """The integers of Eq. (2) or (3), int8, shaped as the weight. Only after `fold`."""
+        return torch.clamp((self.weight / self.weight_log_scale.exp()).round(), *weight_range(self.weight_bits)).char()
+
+    @torch.no_grad()
+    def set_integers(self, q):
+        # s q lies on the grid, so rounding it again in the forward returns exactly s q
+        self.weight.copy_(self.weight_log_scale.exp() * q)
+
+
+class QuantLinear(QuantWeight, nn.Linear):
+    """y = Q(x) W^^T + b. x (..., in), y (..., out). An nn.Linear still, as transformers reads its `weight`."""
+
+    def __init__(self, linear, *args):
+        nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None)
+        self.fit(linear, *args)
+
+    def forward(self, x):
+        return F.linear(self.input_quantizer(x), self.effective_weight(), self.bias)
+
+
+class QuantConv2d(QuantWeight, nn.Conv2d):
+    """The patch embedding: a convolution whose stride is its kernel, so a linear layer on pixels."""
+
+    def __init__(self, conv, *args):
+        nn.Conv2d.__init__(self, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
+                           bias=conv.bias is not None)
+        self.fit(conv, *args)
+
+    def forward(self, x):
+        return F.conv2d(self.input_quantizer(x), self.effective_weight(), self.bias, self.stride)
+
+
+class RescaledLayerNorm(nn.LayerNorm):
+    """The left-hand factor of Eq. (4), LN(x) / r, with r = exp(log_r) > 0 learned, (channels,).
+
+    The channels of a LayerNorm's output differ in range by a factor of a hundred, and one scale must cover them all:
+    without r the quiet channels round to zero. The layers that read this output multiply r back into their weights.
+    """
+
+    def __init__(self, norm):
+        super().__init__(norm.normalized_shape, norm.eps)
+        self.load_state_dict(norm.state_dict())
+        self.log_r = nn.Parameter(torch.zeros_like(norm.weight))
+
+    def forward(self, x):
+        if self.log_r is None:
+            return super().forward(x)
+        shrink = (-self.log_r).exp()
+        return F.layer_norm(x, self.normalized_shape, self.weight * shrink, self.bias * shrink, self.eps)
+
+    @torch.no_grad()
+    def fold(self):
+        if self.log_r is not None:
+            self.weight.mul_((-self.log_r).exp())
+            self.bias.mul_((-self.log_r).exp())
+            self.log_r = None
+
+
+def quantized_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Eq. (8). query, key, value (B, heads, T, d); attention_mask added to the scores, or None (Swin's relative
+    position bias and window mask come in there). Returns (B, T, heads, d) and None, as transformers expects.
+
+    The softmax output is quantized too: its product with the values is half of attention's arithmetic.
+    """
+    scores = module.query_quantizer(query) @ module.key_quantizer(key).transpose(-1, -2) * scaling  # (B, heads, T, T)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = module.probability_quantizer(scores.softmax(-1))
+    return (probabilities @ module.value_quantizer(value)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("vitq", quantized_attention)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A whole network
+# ---------------------------------------------------------------------------------------------------------------
+
+def blocks(model):
+    """The transformer blocks in the order in which they run (ViTLayer, DeiTLayer or SwinLayer)."""
+    return [module for module in model.modules() if hasattr(module, "layernorm_before")]
+
+
+def quantize_modules(model, bits, edge_bits=EDGE_BITS):
+    """Put the fake-quant modules into `model`, in place; the scales are still to be set by `initialize`.
+
+    bits such as "w4a4"; edge_bits 8, or "same" to give the patch embedding and the head the bits of the rest.
+    Raises BadInput for another architecture than ViT, DeiT and Swin for image classification.
+    """
+    if type(model).__name__ not in FAMILIES:
+        raise BadInput(f"{type(model).__name__}: only {', '.join(FAMILIES)} can be quantized")
+    weight_bits, activation_bits = parse_bits(bits)
+    edge_weight, edge_activation = (weight_bits, activation_bits) if edge_bits == "same" else (edge_bits, edge_bits)
+
+    def replace(parent, names, weight_bits, activation_bits, log_r=None):
+        # layers that read the same tensor share one quantizer: an integer engine quantizes that tensor once
+        quantizer = ActivationQuantizer(activation_bits)
+        for name in names:
+            setattr(parent, name, QuantLinear(getattr(parent, name), weight_bits, quantizer, log_r))
+
+    def rescale(parent, name):
+        setattr(parent, name, RescaledLayerNorm(getattr(parent, name)))
+        return getattr(parent, name).log_r
+
+    body = weight_bits, activation_bits
+    for block in blocks(model):
+        attention, mlp = block.attention, block.mlp
+        replace(attention, ("q_proj", "k_proj", "v_proj"), *body, rescale(block, "layernorm_before"))
+        for operand in ("query", "key", "value", "probability"):  # each head is a product of its own: a scale a head
+            setattr(attention, f"{operand}_quantizer", ActivationQuantizer(activation_bits,
+                                                                           attention.num_attention_heads))
+        replace(attention, ("o_proj",), *body)
+        replace(mlp, ("fc1",), *body, rescale(block, "layernorm_after"))
+        replace(mlp, ("fc2",), *body)
+    for merging in [module for module in model.modules() if hasattr(module, "reduction")]:  # Swin, between stages
+        replace(merging, ("reduction",), *body, rescale(merging, "norm"))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Conv2d:  # the patch embedding; its input, the image, is 8-bit to begin with
+                setattr(parent, name, QuantConv2d(child, edge_weight, ActivationQuantizer(8)))
+            elif type(child) is nn.Linear:  # the head, or the two heads of a distilled DeiT
+                replace(parent, (name,), edge_weight, edge_activation)
+    model.set_attn_implementation("vitq")
+    return model.eval()
+
+
+def modules_of(model, kind):
+    """Names and modules of one kind, in the order in which they are registered."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def enable(model, enabled):
+    """Turn rounding and clipping on or off. Off, the model computes in full precision, rescaling of Eq. (4) included."""
+    for _, module in modules_of(model, (ActivationQuantizer, QuantWeight)):
+        module.enabled = enabled
+
+
+@torch.no_grad()
+def initialize(model, pixels):
+    """Set r by Eq. (7), then every scale and zero point by Eq. (6), on `pixels` (32, 3, H, W), normalized."""
+    enable(model, False)
+    largest = {}  # LayerNorm -> the largest |x_c| of each channel of its output
+    handles = [norm.register_forward_hook(lambda norm, _, output: largest.__setitem__(
+        norm, output.abs().flatten(0, -2).amax(0))) for _, norm in modules_of(model, RescaledLayerNorm)]
+    model(pixels)
+    for handle in handles:
+        handle.remove()
+    for norm, largest_x in largest.items():
+        readers = [layer for _, layer in modules_of(model, QuantLinear) if layer.log_r is norm.log_r]
+        largest_w = torch.cat([layer.weight.abs() for layer in readers]).amax(0)
+        # Eq. (7): x_c / r_c and r_c W_oc then have the same largest value: neither side carries the whole spread
+        log_r = 0.5 * (largest_x.clamp_min(1e-5).log() - largest_w.clamp_min(1e-5).log())
+        norm.log_r.copy_(log_r - log_r.mean())
+
+    waiting = {quantizer for _, quantizer in modules_of(model, ActivationQuantizer)}
+
+    def first_input(quantizer, inputs):  # q, k and v share a quantizer, which needs its range but once
+        if quantizer in waiting:
+            waiting.remove(quantizer)
+            quantizer.initialize(inputs[0])
+
+    handles = [quantizer.register_forward_pre_hook(first_input) for quantizer in list(waiting)]
+    model(pixels)
+    for handle in handles:
+        handle.remove()
+    for _, layer in modules_of(model, QuantWeight):
+        layer.initialize()
+    enable(model, True)
+    return model
+
+
+def fold(model):
+    """Eq. (4): move r into the LayerNorms and the weights for good, so that it costs nothing at inference."""
+    for _, module in modules_of(model, (QuantWeight, RescaledLayerNorm)):
+        module.fold()
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The packed checkpoint
+# ---------------------------------------------------------------------------------------------------------------
+
+POWERS_OF_3 = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
+
+
+def pack(q, bits):
+    """Integers of `weight_range(bits)`, any shape -> a flat uint8 tensor.
+
+    Ternary: five weights a byte, as the digits of a number in base 3 (3^5 = 243 of 256 values: 1.6 bits a weight).
+    Otherwise: `bits` bits a weight, least significant first, without gaps; the last byte is filled with zeros.
+    """
+    unsigned = (q.numpy().ravel().astype(np.int16) - weight_range(bits)[0]).astype(np.uint8)  # from 0 upwards
+    if bits == TERNARY:
+        unsigned = np.pad(unsigned, (0, -len(unsigned) % 5)).reshape(-1, 5)
+        return torch.from_numpy((unsigned * POWERS_OF_3).sum(1, dtype=np.uint8))
+    binary = np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little")  # (weights, bits)
+    return torch.from_numpy(np.packbits(binary, bitorder="little"))
+
+
+def unpack(packed, bits, shape):
+    """The inverse of `pack`: int8 integers of the given shape."""
+    count = int(np.prod(shape))
+    if bits == TERNARY:
+        unsigned = (packed.numpy()[:, None] // POWERS_OF_3 % 3).ravel()[:count]
+    else:
+        binary = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+        unsigned = np.packbits(binary, axis=1, bitorder="little").ravel()
+    return torch.from_numpy((unsigned.astype(np.int16) + weight_range(bits)[0]).astype(np.int8)).view(*shape)
+
+
+def save_quantized(model, folder, bits, edge_bits, about, metrics=None):
+    """Write a folded model to `folder`: model.safetensors, config.json, and metrics.json if there are metrics.
+
+    `about` is a dictionary stored beside the network's own configuration (source, preprocessing, class names).
+    The folder appears whole or not at all. An older result there is replaced; anything else raises BadInput.
+    Returns the size of model.safetensors in bytes.
+    """
+    check_output(folder)
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    for name, layer in modules_of(model, QuantWeight):
+        tensors[f"{name}.weight"] = pack(layer.integers().cpu(), layer.weight_bits)
+    config = {"format": "vitq", "version": FORMAT_VERSION, "bits": bits, "edge_bits": edge_bits, **about,
+              "architecture": type(model).__name__, "network": model.config.to_dict()}
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(tensors, aside / "model.safetensors")
+        (aside / "config.json").write_text(json.dumps(config, indent=1))
+        size = (aside / "model.safetensors").stat().st_size
+        if metrics is not None:
+            (aside / "metrics.json").write_text(json.dumps({**metrics, "packed_mb": size / 1e6}, indent=1))
+        aside.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return size
+
+
+def check_output(folder):
+    """Raise BadInput if `folder` holds something that is not an earlier result of `save_quantized`."""
+    folder = Path(folder)
+    if folder.exists() and not is_quantized(folder):
+        raise BadInput(f"{folder}: exists and is not a quantized model; it is left alone, name another folder")
+
+
+def is_quantized(folder):
+    """Whether `folder` was written by `save_quantized`, of whatever version."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text()).get("format") == "vitq"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load_quantized(folder):
+    """A model from a folder of `save_quantized`, needing no other file and no network, and its config dictionary.
+
+    Raises BadInput for another format version and for a file that is damaged or cut short.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config["version"] != FORMAT_VERSION:
+        raise BadInput(f"{folder}: format version {config['version']}, but this code reads version {FORMAT_VERSION}; "
+                       "quantize the model again")
+    try:
+        network = AutoConfig.for_model(**config["network"])
+        model = fold(quantize_modules(FAMILIES[config["architecture"]](network), config["bits"], config["edge_bits"]))
+        tensors = load_file(Path(folder) / "model.safetensors")
+        layers = modules_of(model, QuantWeight)
+        packed = {name: tensors.pop(f"{name}.weight") for name, _ in layers}
+        model.load_state_dict({**tensors, **{f"{name}.weight": layer.weight for name, layer in layers}})
+        for name, layer in layers:
+            layer.set_integers(unpack(packed[name], layer.weight_bits, layer.weight.shape))
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"{folder}: the quantized model is damaged or cut short ({reason}); quantize it again") from error
+    return model.eval(), config
