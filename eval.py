@@ -14,10 +14,11 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -29,7 +30,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoImageProcessor, DeiTConfig, DeiTForImageClassificationWithTeacher,
+from transformers import (AutoImageProcessor, DeiTConfig, DeiTForImageClassificationWithTeacher,
                           ViTConfig, ViTForImageClassification)
 
 import vitq
@@ -44,6 +45,9 @@ MODELS = {"deit_t": "facebook/deit-tiny-patch16-224", "deit_s": "facebook/deit-s
           "swin_t": "microsoft/swin-tiny-patch4-window7-224", "swin_s": "microsoft/swin-small-patch4-window7-224",
           "swin_b": "microsoft/swin-base-patch4-window7-224"}
 FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()  # what it would say of a checkpoint, `load_classifier` checks and raises
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,9 +119,9 @@ def model_folder(model):
 
     Raises BadInput for an unknown name, and where the download fails.
     """
-    if Path(model).is_dir():
-        return Path(model)
     hub_id = MODELS.get(model, model)
+    if Path(hub_id).is_dir():
+        return Path(hub_id)
     try:
         if "/" not in hub_id:
             raise HFValidationError
@@ -154,7 +158,10 @@ def load_classifier(model):
             if architecture not in vitq.FAMILIES:
                 raise BadInput(f"model {model}: holds {architecture}; give one of {', '.join(vitq.FAMILIES)}, in full "
                                "precision")
-            network = vitq.FAMILIES[architecture].from_pretrained(folder, use_safetensors=True)
+            network, loading = vitq.FAMILIES[architecture].from_pretrained(folder, use_safetensors=True,
+                                                                           output_loading_info=True)
+            if loading["missing_keys"]:  # transformers would leave them at random values
+                raise KeyError(f"without {min(loading['missing_keys'])}")
             preprocessing = Preprocessing.from_transformers(AutoImageProcessor.from_pretrained(folder))
     except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, BadInput):
@@ -267,7 +274,7 @@ def labelled_images(folder, names):
     return paths, [labels[owner] for owner in owners]
 
 
-def decode(paths, transform, chunk=256):
+def decode(paths, transform, description, chunk=256):
     """Decode images on all cores; yields (their positions in `paths`, uint8 (n, 3, H, W)), up to `chunk` at a time.
 
     What cannot be decoded is skipped and named on stderr; raises BadInput if nothing is left.
@@ -281,12 +288,14 @@ def decode(paths, transform, chunk=256):
             return None
 
     broken = []
-    with ThreadPoolExecutor() as pool:  # threads suffice: Pillow decodes and resizes outside the interpreter's lock
+    # threads suffice: Pillow decodes and resizes outside the interpreter's lock
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=description, unit="image", disable=None) as bar:
         for start in range(0, len(paths), chunk):
             images = list(pool.map(load, paths[start:start + chunk]))
             good = [start + i for i, image in enumerate(images) if image is not None]
             if good:
                 yield good, torch.stack([images[i - start] for i in good])
+            bar.update(len(images))
     if len(broken) == len(paths):
         raise BadInput(f"none of {len(paths)} images could be decoded, the first: {broken[0]}")
     if broken:
@@ -298,38 +307,42 @@ def decode(paths, transform, chunk=256):
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------
 
+FULL_PRECISION = "full precision"  # the name of the reference among the models that `evaluate` compares
+
+
 @torch.no_grad()
 def evaluate(models, preprocessing, paths, labels, device):
-    """Run `models` (name -> model) over the same images; the first is the reference for agreement.
+    """Run `models` (name -> model) over the same images.
 
-    Returns name -> {"agreement", "images_per_second"} and, if there are labels, "top1" and "top5"; percent.
-    Seconds count the network alone, not the decoding.
+    Returns name -> {"agreement": with the model named FULL_PRECISION, None without one; "top1", "top5": None without
+    labels; "images_per_second"}, the first three in percent. Seconds count the network alone, not the decoding.
     """
     top5 = {name: [] for name in models}
     seconds = dict.fromkeys(models, 0.0)
     kept = []
     normalize = preprocessing.normalizer(device)
-    with tqdm(total=len(paths), desc="evaluating", unit="image", disable=None) as bar:
-        for positions, pixels in decode(paths, preprocessing.pixels()):
-            kept += positions
-            for batch in pixels.split(64):
-                batch = normalize(batch.to(device))
-                for name, model in models.items():
-                    start = time.perf_counter()
-                    logits = model(batch).logits  # (B, classes)
-                    top5[name].append(logits.topk(min(5, logits.shape[1])).indices.cpu())  # waits for the device
-                    seconds[name] += time.perf_counter() - start
-            bar.update(len(positions))
-    top5 = {name: torch.cat(batches) for name, batches in top5.items()}
-    reference = next(iter(top5.values()))
+    for positions, pixels in decode(paths, preprocessing.pixels(), "evaluating"):
+        kept += positions
+        for batch in pixels.split(64):
+            batch = normalize(batch.to(device))
+            for name, model in models.items():
+                start = time.perf_counter()
+                logits = model(batch).logits  # (B, classes)
+                top5[name].append(logits.topk(min(5, logits.shape[1])).indices.cpu())  # waits for the device
+                seconds[name] += time.perf_counter() - start
+    top5 = {name: torch.cat(batches) for name, batches in top5.items()}  # (N, 5)
+
+    def percent(hits):
+        return 100 * hits.double().mean().item()
+
     results = {}
     for name, predicted in top5.items():
-        results[name] = {"agreement": 100 * (predicted[:, 0] == reference[:, 0]).double().mean().item(),
+        reference = top5.get(FULL_PRECISION)
+        hits = None if labels is None else predicted == torch.tensor(labels)[kept][:, None]
+        results[name] = {"agreement": None if reference is None else percent(predicted[:, 0] == reference[:, 0]),
+                         "top1": None if hits is None else percent(hits[:, 0]),
+                         "top5": None if hits is None else percent(hits.any(1)),
                          "images_per_second": len(kept) / seconds[name]}
-        if labels is not None:
-            hits = predicted == torch.tensor(labels)[kept][:, None]  # (N, 5)
-            results[name]["top1"] = 100 * hits[:, 0].double().mean().item()
-            results[name]["top5"] = 100 * hits.any(1).double().mean().item()
     return results
 
 
@@ -345,7 +358,7 @@ def print_table(rows):
 
 def result_rows(results, megabytes):
     """The rows of `print_table` from what `evaluate` returns and the size of each model."""
-    return {name: {"top-1 %": result.get("top1"), "top-5 %": result.get("top5"), "agreement %": result["agreement"],
+    return {name: {"top-1 %": result["top1"], "top-5 %": result["top5"], "agreement %": result["agreement"],
                    "size MB": megabytes[name], "images/s": result["images_per_second"]}
             for name, result in results.items()}
 
@@ -399,22 +412,29 @@ def parser():
 def main():
     args = parser().parse_args()
     device = torch_device(args.device)
+    models, megabytes = {}, {}
     if vitq.is_quantized(args.model):
         quantized, config = vitq.load_quantized(args.model)
-        preprocessing = Preprocessing(**config["preprocessing"])
-        megabytes = {config["bits"]: (Path(args.model) / "model.safetensors").stat().st_size / 1e6}
-        models = {config["bits"]: quantized}
-        names = class_names(quantized)
-        reference = load_classifier(config["source"]).model
+        preprocessing, names = Preprocessing(**config["preprocessing"]), class_names(quantized)
+        models[config["bits"]] = quantized
+        megabytes[config["bits"]] = (Path(args.model) / "model.safetensors").stat().st_size / 1e6
+        paths, labels = labelled_images(args.data, names)
+        try:
+            reference = load_classifier(config["source"]).model
+        except BadInput as error:
+            if labels is None:
+                raise
+            print(f"agreement is left out, since it needs the full-precision model: {error}", file=sys.stderr)
+            reference = None
     else:
         classifier = load_classifier(args.model)
-        preprocessing, names, reference = classifier.preprocessing, classifier.class_names, classifier.model
-        models, megabytes = {}, {}
-    models = {"full precision": reference, **models}
-    megabytes["full precision"] = full_precision_mb(reference)
-    paths, labels = labelled_images(args.data, names)
+        preprocessing, reference = classifier.preprocessing, classifier.model
+        paths, labels = labelled_images(args.data, classifier.class_names)
+    if reference is not None:
+        models = {FULL_PRECISION: reference, **models}
+        megabytes[FULL_PRECISION] = full_precision_mb(reference)
     results = evaluate({name: model.to(device) for name, model in models.items()}, preprocessing, paths, labels, device)
-    print(f"{args.model} on {len(paths)} images of {args.data}")
+    print(f"{args.model} on {len(paths)} images of {args.data}" + ("" if labels else ", which have no labels"))
     print_table(result_rows(results, megabytes))
 
 

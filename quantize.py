@@ -5,7 +5,8 @@
     python quantize.py --model vit_t --bits w4a4 --images photos --method rtn      # baseline: round to nearest
     python quantize.py --model vit_t --bits w4a4 --images photos --method block    # baseline: block by block
 
-The images need no labels. The result is the folder quantized/<model>-<bits>, for `eval.py --model`.
+The images need no labels. The result is the folder quantized/<model>-<bits> (baselines: -<bits>-<method>), which
+`eval.py --model` takes.
 Eq. (9)-(11) are the two losses and the loop below; the modules of Eq. (1)-(8) are in vitq.py.
 """
 import copy
@@ -23,14 +24,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import vitq
-from eval import (Parser, decode, evaluate, full_precision_mb, labelled_images, list_images,
+from eval import (FULL_PRECISION, Parser, decode, evaluate, full_precision_mb, labelled_images, list_images,
                   load_classifier, print_table, result_rows, run, torch_device)
 from vitq import BadInput
 
 INITIALIZATION_IMAGES = 32
 # Adam moves a parameter by about its learning rate a step, whatever its gradient: weights of a ViT are about 0.05
 # large, scales and r are logarithms, zero points are counted in quantization steps.
-WEIGHT_LR = 1e-4
+WEIGHT_LR = 2e-4
 QUANTIZER_LR = 1e-3
 FEATURE_WEIGHT, LOGIT_WEIGHT = 1.0, 1.0  # a_f and a_z of Eq. (11)
 MARGIN = 32  # pixels by which calibration images exceed the network's input, for the random crops
@@ -38,8 +39,9 @@ READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU 
 # A step is thousands of small kernels, most of them Eq. (1) and its gradient. Compiling the blocks fuses them; it takes
 # some 20 s, which short runs do not earn back. On a GPU, launching the kernels would still take longer than they do,
 # so after a few ordinary steps one step is recorded as a CUDA graph and replayed as a whole.
-COMPILE_FROM = 200  # steps
-CPU_COMPILER = os.environ.get("CXX", "g++")  # what torch.compile needs on a CPU; without it, steps are not compiled
+COMPILE_FROM = 100  # steps
+# what torch.compile needs on a CPU; where it is missing, steps are not compiled
+CPU_COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 RECORD_AT = 4  # the step that is recorded; the allocator and the libraries have settled by then
 
 
@@ -133,8 +135,20 @@ def stages(model, method):
              feature_loss(features[l:l + 1], quantized_features[l:l + 1])) for l, group in enumerate(groups)]
 
 
+def optimizer_of(parameters, steps, device):
+    """Adam over `parameters` (name -> parameter), which from now on require gradients, and its cosine decay to zero."""
+    groups = {WEIGHT_LR: [], QUANTIZER_LR: []}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(True)
+        groups[QUANTIZER_LR if name.endswith(("log_scale", "zero_point", "log_r")) else WEIGHT_LR].append(parameter)
+    # the learning rate is a tensor, so that a step recorded on a GPU reads its present value
+    optimizer = torch.optim.Adam([{"params": group, "lr": torch.tensor(lr, device=device)}
+                                  for lr, group in groups.items()], fused=True, capturable=device.type == "cuda")
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+
+
 def train(student, teacher, method, images, preprocessing, steps, batch, progress):
-    """Train `student` to follow `teacher` by Adam with cosine decay to zero; both on the device of `images`.
+    """Train `student` to follow `teacher`, without labels; both on the device of `images`.
 
     images: uint8 (N, 3, S, S). steps: in all; stages share them. Returns the losses, one a step.
     Raises BadInput at a non-finite loss.
@@ -152,14 +166,7 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
     all_stages = stages(student, method)
     for stage, (parameters, loss_function) in enumerate(all_stages):
         stage_steps = steps * (stage + 1) // len(all_stages) - steps * stage // len(all_stages)
-        groups = {WEIGHT_LR: [], QUANTIZER_LR: []}
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            groups[QUANTIZER_LR if name.endswith(("log_scale", "zero_point", "log_r")) else WEIGHT_LR].append(parameter)
-        # the learning rate is a tensor, so that a recorded step reads its present value
-        optimizer = torch.optim.Adam([{"params": group, "lr": torch.tensor(lr, device=device)}
-                                      for lr, group in groups.items()], fused=True, capturable=on_gpu)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(stage_steps, 1))
+        optimizer, schedule = optimizer_of(parameters, stage_steps, device)
         latest, unread = torch.zeros((), device=device), []
 
         def step():
@@ -173,6 +180,9 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
             optimizer.step()
             latest.copy_(loss.detach())
 
+        # recording needs a stream of its own, which must not run ahead of what the default stream still computes
+        if on_gpu:
+            torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream() if on_gpu else None):
             for done in range(1, stage_steps + 1):
                 if on_gpu and done == RECORD_AT:
@@ -217,10 +227,11 @@ def parser():
                         "one of the baselines (default: %(default)s)")
     parser.add_argument("--edge-bits", choices=["8", "same"], default="8", help="bits of the patch embedding and the "
                         "head (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="images a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="the folder to write (default: quantized/<model>-<bits>)")
+    parser.add_argument("--out", metavar="DIR", help="the folder to write (default: quantized/<model>-<bits>, "
+                        "and -<method> for a baseline)")
     return parser
 
 
@@ -239,7 +250,8 @@ def main():
             raise BadInput(f"--{name} {getattr(args, name)}: must be {least} or more")
     edge_bits = args.edge_bits if args.edge_bits == "same" else int(args.edge_bits)
     device = torch_device(args.device)
-    out = Path(args.out or f"quantized/{Path(args.model).name}-{args.bits}")
+    suffix = "" if args.method == "joint" else f"-{args.method}"
+    out = Path(args.out or f"quantized/{Path(args.model).resolve().name}-{args.bits}{suffix}")
     vitq.check_output(out)
     paths = [path for folder in args.images for path in list_images(folder)]
     classifier = load_classifier(args.model)
@@ -247,8 +259,8 @@ def main():
     data = labelled_images(args.data, classifier.class_names) if args.data else None
 
     torch.manual_seed(args.seed)
-    images = torch.cat([pixels for _, pixels in tqdm(decode(paths, preprocessing.pixels(MARGIN)), "reading images",
-                                                     disable=None)]).to(device)
+    images = torch.cat([pixels for _, pixels in decode(paths, preprocessing.pixels(MARGIN), "reading images")])
+    images = images.to(device)
     teacher = classifier.model.to(device)
     start = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(classifier.model).cpu(), args.bits, edge_bits).to(device)
@@ -263,17 +275,15 @@ def main():
 
     metrics = {"model": args.model, "bits": args.bits, "edge_bits": edge_bits, "method": args.method,
                "images": args.images, "num_images": len(images), "steps": steps, "batch": args.batch,
-               "seed": args.seed, "seconds": seconds, "images_per_second": steps * args.batch / seconds,
+               "seed": args.seed, "seconds": seconds, "images_per_second": steps * args.batch / seconds if steps else None,
                "peak_memory_mb": peak_memory_mb(device), "fp_mb": full_precision_mb(teacher),
                "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None}
     results = {}
     if data:
-        results = evaluate({"full precision": teacher, f"{args.bits} {args.method}": student}, preprocessing, *data,
-                           device)
-        reference, quantized = results.values()
-        metrics.update({"fp_top1": reference.get("top1"), "fp_top5": reference.get("top5"),
-                        "top1": quantized.get("top1"), "top5": quantized.get("top5"),
-                        "agreement": quantized["agreement"]})
+        row = f"{args.bits} {args.method}"
+        results = evaluate({FULL_PRECISION: teacher, row: student}, preprocessing, *data, device)
+        metrics.update({"fp_top1": results[FULL_PRECISION]["top1"], "fp_top5": results[FULL_PRECISION]["top5"],
+                        **{name: results[row][name] for name in ("top1", "top5", "agreement")}})
     size = vitq.save_quantized(student, out, args.bits, edge_bits,
                                {"source": args.model, "preprocessing": asdict(preprocessing)}, metrics)
     print(f"{out}: {metrics['fp_mb']:.2f} MB in float32, {size / 1e6:.2f} MB packed; "

@@ -67,6 +67,15 @@ class RoundSTE(torch.autograd.Function):
 round_ste = RoundSTE.apply
 
 
+def clip(x, low, high):
+    """clamp() with gradient one on the closed interval [low, high] and zero outside.
+
+    torch.clamp gives its two ends a gradient of one up to torch 2.13 and of zero from 2.14 on. Here values arrive
+    rounded, so the ends are levels like any other: with three levels, all weights but the zeros would stop learning.
+    """
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def fake_quantize(x, scale, zero_point, bits):
     """Eq. (1): activations, uniform affine. x any shape; scale and zero_point broadcast against it.
 
@@ -74,7 +83,7 @@ def fake_quantize(x, scale, zero_point, bits):
     inside the range dx^/ds = q - round(z) - x/s and dx^/dz = 0; where x is clipped, q - round(z) and -s.
     """
     zero_point = round_ste(zero_point)
-    q = torch.clamp(round_ste(x / scale) + zero_point, 0, 2 ** bits - 1)
+    q = clip(round_ste(x / scale) + zero_point, 0, 2 ** bits - 1)
     return scale * (q - zero_point)
 
 
@@ -88,7 +97,7 @@ def fake_quantize_weight(weight, scale, bits):
 
     No zero point: an asymmetric weight grid would add a term that depends on the input to every integer product.
     """
-    return scale * torch.clamp(round_ste(weight / scale), *weight_range(bits))
+    return scale * clip(round_ste(weight / scale), *weight_range(bits))
 
 
 # Eq. (6) searches these fractions of the largest magnitude. Logarithmic, because a few tokens of a ViT carry massive

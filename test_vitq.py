@@ -1,0 +1,798 @@
+"""Each equation against an independent computation of it, each command as a user runs it.
+
+    python -m pytest -q
+
+No network, no GPU. Two tests need ../shared/imagenet (a real ViT-Ti, 1,000 photographs) and are skipped without it.
+"""
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (AutoImageProcessor, DeiTConfig, DeiTForImageClassification,
+                          DeiTForImageClassificationWithTeacher, SwinConfig, SwinForImageClassification, ViTConfig,
+                          ViTForImageClassification, ViTImageProcessor)
+
+import eval as evaluation
+import quantize
+import vitq
+from vitq import TERNARY, BadInput
+
+HERE = Path(__file__).parent
+IMAGENET = HERE.parent / "shared" / "imagenet"
+ALL_BITS = [TERNARY, 2, 3, 4, 5, 6, 7, 8]
+SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32,
+             patch_size=8, num_labels=10)
+SMALL_SWIN = dict(image_size=56, embed_dim=16, depths=[1, 2], num_heads=[1, 2], window_size=7, num_labels=10)
+FAMILIES = {"vit": lambda: ViTForImageClassification(ViTConfig(**SMALL)),
+            "deit": lambda: DeiTForImageClassification(DeiTConfig(**SMALL)),
+            "distilled deit": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)),
+            "swin": lambda: SwinForImageClassification(SwinConfig(**SMALL_SWIN))}
+
+
+def random_model(family):
+    """A model whose weights are large enough for every layer to matter: transformers' own would start near zero."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(parameter, std=0.5 / parameter.shape[-1] ** 0.5)
+        else:
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
+    return model.requires_grad_(False)
+
+
+def random_pixels(model, count=32):
+    return torch.randn(count, 3, model.config.image_size, model.config.image_size)
+
+
+def quantized(family, bits="w4a4", **options):
+    """A full-precision model, its initialized quantized copy, and pixels."""
+    model = random_model(family)
+    pixels = random_pixels(model)
+    student = vitq.quantize_modules(copy.deepcopy(model), bits, **options)
+    return model, vitq.initialize(student, pixels).requires_grad_(False), pixels
+
+
+# ------------------------------------------------------------------------------------------------ Eq. (1)-(3)
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_eq_1_forward_is_torchs_fake_quantize(bits):
+    x = torch.randn(1000) * 3
+    for scale, zero_point in ((0.37, 2), (0.05, 0), (1.3, 2 ** bits - 1)):
+        expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 2 ** bits - 1)
+        got = vitq.fake_quantize(x, torch.tensor(scale), torch.tensor(float(zero_point)), bits)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_eq_1_gradients_are_lsqs(bits):
+    """torch's own learnable fake-quantize operator has the gradients of LSQ and LSQ+ written out in C++."""
+    x = torch.randn(1000) * 2 ** bits / 4  # some clipped at either end
+    weights = torch.randn(1000)
+    gradients = []
+    for quantize_tensor in (
+            lambda x, s, z: vitq.fake_quantize(x, s, z, bits),
+            lambda x, s, z: torch._fake_quantize_learnable_per_tensor_affine(x, s, z, 0, 2 ** bits - 1, 1.0)):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, torch.tensor([0.7]), torch.tensor([2 ** bits / 3]))]
+        (quantize_tensor(*leaves) * weights).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_eq_1_gradient_of_clipped_values_is_the_true_derivative():
+    """Where x is clipped, x^ = s (q - z) is smooth in s, so a finite difference in float64 tells the derivative."""
+    x = torch.tensor([-100.0, 100.0], dtype=torch.float64)
+    for i in range(2):
+        scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        zero_point = torch.tensor(5.0, dtype=torch.float64)
+        vitq.fake_quantize(x[i], scale, zero_point, 4).backward()
+        step = 1e-6
+        with torch.no_grad():
+            difference = (vitq.fake_quantize(x[i], scale + step, zero_point, 4)
+                          - vitq.fake_quantize(x[i], scale - step, zero_point, 4)) / (2 * step)
+        torch.testing.assert_close(scale.grad, difference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_eq_2_and_3_are_a_loop_in_numpy(bits):
+    weight = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    scale = np.array([0.1, 0.3, 0.7, 1.1, 0.02], dtype=np.float32)
+    expected = np.empty_like(weight)
+    for o in range(5):
+        for i in range(7):
+            q = np.rint(weight[o, i] / scale[o])
+            low, high = (-1, 1) if bits == TERNARY else (-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+            expected[o, i] = scale[o] * min(max(q, low), high)
+    got = vitq.fake_quantize_weight(torch.from_numpy(weight), torch.from_numpy(scale)[:, None], bits)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
+    if bits == TERNARY:
+        assert all(len(np.unique(row)) <= 3 for row in got.numpy())
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_eq_2_gradients_are_lsqs(bits):
+    weight, weights = torch.randn(6, 50), torch.randn(6, 50)
+    low, high = vitq.weight_range(bits)
+    scale = torch.full((6,), 1.5 / max(high, 1))
+    gradients = []
+    for quantize_tensor in (
+            lambda w, s: vitq.fake_quantize_weight(w, s[:, None], bits),
+            lambda w, s: torch._fake_quantize_learnable_per_channel_affine(w, s, torch.zeros(6), 0, low, high, 1.0)):
+        leaves = [leaf.clone().requires_grad_() for leaf in (weight, scale)]
+        (quantize_tensor(*leaves) * weights).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ Eq. (4)-(8)
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eq_4_rescaling_and_folding_change_nothing_in_full_precision(family):
+    model = random_model(family)
+    student = vitq.quantize_modules(copy.deepcopy(model), "w4a4").requires_grad_(False)
+    vitq.enable(student, False)
+    pixels = random_pixels(model, 4)
+    for _, norm in vitq.modules_of(student, vitq.RescaledLayerNorm):
+        nn.init.normal_(norm.log_r)  # r between 0.05 and 20
+    expected = model(pixels).logits
+    rescaled = student(pixels).logits
+    folded = vitq.fold(student)(pixels).logits
+    assert not [name for name, _ in student.named_parameters() if name.endswith("log_r")]
+    tolerance = 2e-5 * expected.abs().max().item()  # float32 rounding, through every layer
+    torch.testing.assert_close(rescaled, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(folded, expected, rtol=0, atol=tolerance)
+
+
+def test_eq_6_finds_the_least_error():
+    """As good as an exhaustive search over both ends of the range, on a tensor with massive outliers.
+
+    Neighbours on the grid differ by 6 %, which costs more of the error the finer the levels are.
+    """
+    torch.manual_seed(0)
+    x = F.gelu(torch.randn(1, 4000) * 2)
+    x[0, :3] = 60.0
+    error = (vitq.fake_quantize(x, *vitq.activation_scale(x, 4), 4) - x).square().mean()
+    exhaustive = min(
+        (torch.fake_quantize_per_tensor_affine(x, (high - low) / 15, min(15, max(0, round(-low / ((high - low) / 15)))),
+                                               0, 15) - x).square().mean()
+        for high in np.geomspace(0.5, 60, 120) for low in np.linspace(-0.4, 0, 20))
+    assert error <= 1.05 * exhaustive
+    weight = torch.randn(3, 500)
+    for bits in ALL_BITS:
+        scale = vitq.weight_scale(weight, bits)
+        for row, s in zip(weight, scale):
+            best = min((vitq.fake_quantize_weight(row, s * f, bits) - row).square().sum() for f in np.linspace(0.5, 2, 300))
+            error = (vitq.fake_quantize_weight(row, s, bits) - row).square().sum()
+            assert error <= (1.05 if bits <= 4 else 1.2) * best
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_eq_7_gives_both_factors_the_same_range(family):
+    model = random_model(family)
+    pixels = random_pixels(model)
+    outputs = {}
+    for name, norm in vitq.modules_of(model, nn.LayerNorm):
+        norm.register_forward_hook(lambda _, inputs, output, name=name: outputs.__setitem__(name, output))
+    model(pixels)
+    student = vitq.initialize(vitq.quantize_modules(copy.deepcopy(model), "w4a4"), pixels)
+    pairs = 0
+    for name, norm in vitq.modules_of(student, vitq.RescaledLayerNorm):
+        readers = [layer for _, layer in vitq.modules_of(student, vitq.QuantLinear) if layer.log_r is norm.log_r]
+        pairs += len(readers)
+        r = norm.log_r.detach().exp()
+        x_range = outputs[name].abs().flatten(0, -2).amax(0) / r
+        w_range = torch.stack([layer.weight.abs().amax(0) for layer in readers]).amax(0) * r
+        ratio = x_range / w_range
+        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=0)
+        torch.testing.assert_close(r.log().mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert pairs == {"vit": 3 * 4, "swin": 3 * 4 + 1}[family]  # q, k, v and fc1 a block, and Swin's patch merging
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_stays_in_floating_point(family):
+    """Every matrix product of a forward has two operands of few levels: no layer was left out, attention neither."""
+    _, student, pixels = quantized(family, "w3a4", edge_bits="same")
+    vitq.fold(student)
+    levels = []
+
+    class Products(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (F.linear, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+                x, w = args[0].detach(), args[1].detach()
+                is_layer = function in (F.linear, F.conv2d)
+                # a weight row has one scale; so has a head, and q, k, v and the probabilities are (B, heads, T, ..)
+                rows = w.flatten(1) if is_layer else w.transpose(0, 1).flatten(1)
+                inputs = x.flatten()[None] if is_layer else x.transpose(0, 1).flatten(1)
+                levels.append((function.__name__, max(len(row.unique()) for row in inputs),
+                               max(len(row.unique()) for row in rows)))
+            return function(*args, **(kwargs or {}))
+
+    with Products():
+        student(pixels[:2])
+    blocks = len(vitq.blocks(student))
+    assert sum("matmul" in name for name, _, _ in levels) == 2 * blocks
+    assert sum(name in ("linear", "conv2d") for name, _, _ in levels) == len(vitq.modules_of(student, vitq.QuantWeight))
+    for name, inputs, weights in levels:
+        assert inputs <= (256 if name == "conv2d" else 16), name
+        assert weights <= (16 if "matmul" in name else 8), name
+    assert not [name for name, module in student.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
+
+
+@pytest.mark.parametrize("bits", ["w158a8", "w3a3", "w8a8"])
+def test_a_quantized_layer_is_an_integer_matrix_product(bits):
+    """uint8 activations less their zero point, times int8 weights, summed in int32, then one scale an output."""
+    torch.manual_seed(0)
+    weight_bits, activation_bits = vitq.parse_bits(bits)
+    layer = vitq.QuantLinear(nn.Linear(48, 20), weight_bits, vitq.ActivationQuantizer(activation_bits)).requires_grad_(False)
+    x = torch.randn(64, 48) + 0.5
+    layer.initialize()
+    layer.input_quantizer.initialize(x)
+    scale, zero_point = layer.input_quantizer.log_scale.exp(), layer.input_quantizer.zero_point.round()
+    q = (x / scale).round().add(zero_point).clamp(0, 2 ** activation_bits - 1).to(torch.uint8)
+    products = (q.int() - zero_point.int()) @ layer.integers().int().T  # int32
+    expected = products.double() * scale.double() * layer.weight_log_scale.exp().double().T + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_eq_8_quantizes_every_operand():
+    """The attention function against Eq. (8) written out with torch's own fake-quantize, a scale a head."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    for operand in ("query", "key", "value", "probability"):
+        setattr(module, f"{operand}_quantizer", vitq.ActivationQuantizer(4, heads=3))
+    query, key, value, bias = (torch.randn(2, 3, *shape) for shape in ((5, 8), (5, 8), (5, 8), (5, 5)))
+    module.query_quantizer.initialize(query)
+    module.key_quantizer.initialize(key)
+    module.value_quantizer.initialize(value)
+    module.probability_quantizer.initialize((query @ key.transpose(-1, -2) * 0.3 + bias).softmax(-1))
+
+    def torchs(x, quantizer):
+        scale, zero_point = quantizer.log_scale.exp().flatten(), quantizer.zero_point.round().flatten()
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, 1, 0, 15)
+
+    with torch.no_grad():
+        got, _ = vitq.quantized_attention(module, query, key, value, bias, scaling=0.3)
+        scores = torchs(query, module.query_quantizer) @ torchs(key, module.key_quantizer).transpose(-1, -2) * 0.3 + bias
+        expected = torchs(scores.softmax(-1), module.probability_quantizer) @ torchs(value, module.value_quantizer)
+    torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("edge_bits, expected", [(8, (8, 8)), ("same", (3, 4))])
+def test_edge_bits(edge_bits, expected):
+    student = vitq.quantize_modules(random_model("vit"), "w3a4", edge_bits)
+    head, patches = student.classifier, student.vit.embeddings.patch_embeddings.projection
+    assert (head.weight_bits, head.input_quantizer.bits) == expected
+    assert (patches.weight_bits, patches.input_quantizer.bits) == (expected[0], 8)  # the image is always 8-bit
+    assert student.vit.layers[0].mlp.fc1.weight_bits == 3
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_packing_round_trips_at_every_length(bits):
+    low, high = vitq.weight_range(bits)
+    for count in range(1, 34):
+        q = torch.randint(low, high + 1, (count,), dtype=torch.int8)
+        packed = vitq.pack(q, bits)
+        assert packed.dtype == torch.uint8
+        assert len(packed) == (-(-count // 5) if bits == TERNARY else -(-count * bits // 8))
+        assert torch.equal(vitq.unpack(packed, bits, q.shape), q)
+
+
+@pytest.mark.parametrize("bits", ["w158a8", "w3a3", "w4a4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded_logits_are_equal_bit_for_bit(family, bits, tmp_path):
+    _, student, pixels = quantized(family, bits)
+    vitq.fold(student)
+    vitq.save_quantized(student, tmp_path / "q", bits, 8, {"source": "nowhere"})
+    loaded, config = vitq.load_quantized(tmp_path / "q")
+    assert torch.equal(loaded(pixels).logits, student(pixels).logits)
+    assert config["bits"] == bits and config["source"] == "nowhere"
+
+
+def test_a_ternary_vit_ti_is_a_tenth_of_its_size(tmp_path):
+    model = ViTForImageClassification(ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3,
+                                                intermediate_size=768, num_labels=1000))
+    full = evaluation.full_precision_mb(model)
+    size = vitq.save_quantized(vitq.fold(vitq.quantize_modules(model, "w158a8")), tmp_path / "q", "w158a8", 8, {})
+    assert size / 1e6 < full / 10
+
+
+def timm_checkpoint(folder, distilled=False, hidden=128, classes=10):
+    """A random checkpoint in timm's format: its parameter names, its config.json."""
+    torch.manual_seed(0)
+    heads = {"head": (classes, hidden), **({"head_dist": (classes, hidden)} if distilled else {})}
+    shapes = {"cls_token": (1, 1, hidden), "pos_embed": (1, 17 + distilled, hidden),
+              "patch_embed.proj": (hidden, 3, 8, 8), "norm": (hidden,), **heads,
+              **({"dist_token": (1, 1, hidden)} if distilled else {})}
+    for i in range(2):
+        shapes.update({f"blocks.{i}.{name}": shape for name, shape in {
+            "norm1": (hidden,), "attn.qkv": (3 * hidden, hidden), "attn.proj": (hidden, hidden), "norm2": (hidden,),
+            "mlp.fc1": (4 * hidden, hidden), "mlp.fc2": (hidden, 4 * hidden)}.items()})
+    tensors = {}
+    for name, shape in shapes.items():
+        if name in ("cls_token", "dist_token", "pos_embed"):
+            tensors[name] = torch.randn(shape)
+        else:
+            tensors[f"{name}.weight"] = torch.randn(shape) * (0.08 if len(shape) > 1 else 1)
+            tensors[f"{name}.bias"] = torch.randn(shape[0])
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "architecture": "deit_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224",
+        "num_classes": classes, "pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 0.9, "mean": [0.5] * 3,
+                                                   "std": [0.5] * 3, "interpolation": "bicubic"}}))
+    return tensors
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_timms_names_against_a_direct_forward(distilled, tmp_path):
+    p = timm_checkpoint(tmp_path / "timm", distilled)
+    pixels = torch.randn(3, 3, 32, 32)
+    x = F.conv2d(pixels, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=8).flatten(2).transpose(1, 2)
+    tokens = [p["cls_token"].expand(3, -1, -1)] + ([p["dist_token"].expand(3, -1, -1)] if distilled else [])
+    x = torch.cat([*tokens, x], 1) + p["pos_embed"]
+    for i in range(2):
+        def layer(name, y):
+            return F.linear(y, p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"])
+
+        def norm(name, y):
+            return F.layer_norm(y, y.shape[-1:], p[f"blocks.{i}.{name}.weight"], p[f"blocks.{i}.{name}.bias"], 1e-6)
+
+        qkv = layer("attn.qkv", norm("norm1", x)).view(3, -1, 3, 2, 64).permute(2, 0, 3, 1, 4)  # hidden 128: two heads
+        probabilities = (qkv[0] @ qkv[1].transpose(-1, -2) / 8).softmax(-1)
+        x = x + layer("attn.proj", (probabilities @ qkv[2]).transpose(1, 2).flatten(2))
+        x = x + layer("mlp.fc2", F.gelu(layer("mlp.fc1", norm("norm2", x))))
+    x = F.layer_norm(x, x.shape[-1:], p["norm.weight"], p["norm.bias"], 1e-6)
+    expected = F.linear(x[:, 0], p["head.weight"], p["head.bias"])
+    if distilled:
+        expected = (expected + F.linear(x[:, 1], p["head_dist.weight"], p["head_dist.bias"])) / 2
+    classifier = evaluation.load_classifier(str(tmp_path / "timm"))
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.model(pixels).logits, expected, rtol=1e-4, atol=1e-3)
+    assert (classifier.preprocessing.resize, classifier.preprocessing.crop) == (35, 32)  # floor(32 / 0.9)
+    assert classifier.class_names == [str(i) for i in range(10)]
+
+
+def hub_folder(folder, family="vit", processor=None):
+    """A random model in transformers' format, as the hub has it."""
+    model = random_model(family)
+    model.config.id2label = dict(enumerate("kite,crane,great white shark,otter,hen,drake,robin,jay,crane,tench".split(",")))
+    model.save_pretrained(folder)
+    side = model.config.image_size
+    (processor or ViTImageProcessor(size={"height": side, "width": side})).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_checkpoints_load(family, tmp_path):
+    hub_folder(tmp_path / "m", family)
+    classifier = evaluation.load_classifier(str(tmp_path / "m"))
+    model = random_model(family)
+    pixels = random_pixels(model, 2)
+    torch.testing.assert_close(classifier.model(pixels).logits, model(pixels).logits)
+    assert classifier.class_names[0] == "kite"
+
+
+def test_a_hub_id_loads_from_the_cache_without_network(workplace):
+    """The cache as the hub's client lays it out, read by a process of its own: it fixes the cache's place at import."""
+    repository = workplace / "cache" / "hub" / "models--facebook--deit-small-patch16-224"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    hub_folder(repository / "snapshots" / ("0" * 40), "deit")
+    done = subprocess.run([sys.executable, HERE / "eval.py", "--model", "deit_s", "--data", "imagenet/val"], text=True,
+                          capture_output=True, env={**os.environ, "HF_HOME": str(workplace / "cache"), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "full precision" in done.stdout
+
+
+@pytest.mark.parametrize("options", [
+    dict(size={"height": 256, "width": 256}, do_center_crop=True, crop_size={"height": 224, "width": 224}, resample=3),
+    dict(size={"shortest_edge": 240}, do_center_crop=True, crop_size={"height": 224, "width": 224}, resample=2,
+         image_mean=[0.48, 0.45, 0.40], image_std=[0.22, 0.23, 0.24]),
+    dict(size={"height": 224, "width": 224}, resample=3)])
+def test_preprocessing_is_the_checkpoints(options):
+    """Against transformers' own image processor, within the rounding of a resized pixel."""
+    from transformers import DeiTImageProcessor
+    processor = DeiTImageProcessor(**{"do_center_crop": False, **options})
+    smooth = np.kron(np.random.default_rng(0).integers(0, 255, (9, 12, 3)), np.ones((40, 40, 1))).astype(np.uint8)
+    image = Image.fromarray(smooth).resize((480, 360), Image.Resampling.BICUBIC)
+    expected = processor(image, return_tensors="pt").pixel_values
+    preprocessing = evaluation.Preprocessing.from_transformers(processor)
+    got = preprocessing.normalizer("cpu")(preprocessing.pixels()(image)[None])
+    assert got.shape == expected.shape == (1, 3, 224, 224)
+    assert (got - expected).abs().max() < 2.5 / 255 / min(preprocessing.std)
+    assert (got - expected).abs().mean() < 0.5 / 255 / min(preprocessing.std)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+def test_the_losses_against_numpy():
+    rng = np.random.default_rng(0)
+    h, h_q = rng.normal(size=(2, 3, 4, 5, 6))  # three blocks
+    z, z_q = rng.normal(size=(2, 4, 7))
+    expected_features = np.mean([((a - b) ** 2).sum() / (a ** 2).sum() for a, b in zip(h, h_q)])
+    p, p_q = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) for logits in (z, z_q))
+    expected_logits = (p * np.log(p / p_q)).sum(1).mean()
+    tensors = [list(map(torch.from_numpy, h)), list(map(torch.from_numpy, h_q)), torch.from_numpy(z),
+               torch.from_numpy(z_q)]
+    assert quantize.feature_loss(*tensors[:2]).item() == pytest.approx(expected_features)
+    assert quantize.logit_loss(*tensors[2:]).item() == pytest.approx(expected_logits)
+    assert quantize.joint_loss(*tensors).item() == pytest.approx(
+        quantize.FEATURE_WEIGHT * expected_features + quantize.LOGIT_WEIGHT * expected_logits)
+
+
+def test_random_crops_are_crops():
+    images = torch.arange(2 * 3 * 10 * 10).view(2, 3, 10, 10)
+    places = {}
+    for n, image in enumerate(images):
+        for mirrored in (False, True):
+            for top in range(4):
+                for left in range(4):
+                    crop = image[:, top:top + 7, left:left + 7]
+                    places[tuple((crop.flip(2) if mirrored else crop).flatten().tolist())] = (n, mirrored, top, left)
+    seen = {places[tuple(crop.flatten().tolist())] for crop in quantize.random_crops(images, 7, 1000)}
+    assert len(seen) == 2 * 2 * 4 * 4
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_stages_of_the_methods(family):
+    student = vitq.quantize_modules(random_model(family), "w4a4")
+    assert quantize.stages(student, "rtn") == []
+    (everything, _), = quantize.stages(student, "joint")
+    kinds = {"weight_log_scale", "log_scale", "zero_point", "log_r", "weight", "bias"}  # Theta of Eq. (11)
+    assert {name.rpartition(".")[2] for name in everything} == kinds
+    assert not [name for name in everything if "position" in name or "token" in name]
+    groups = [set(group) for group, _ in quantize.stages(student, "block")]
+    assert len(groups) == len(vitq.blocks(student))
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    tail = set(everything) - set().union(*groups)
+    assert all(re.match(r"(vit|swin)\.layernorm\.|classifier\.", name) for name in tail)
+    assert any("patch_embeddings.projection" in name for name in groups[0])
+    if family == "swin":
+        assert any("downsample.reduction" in name for name in groups[1])
+
+
+def pictures(count, side=40):
+    """uint8 (count, 3, side, side): blobs of colour, the same for the same count."""
+    generator = torch.Generator().manual_seed(count)
+    coarse = torch.rand(count, 3, 5, 5, generator=generator)
+    return (F.interpolate(coarse, size=side, mode="bicubic").clamp(0, 1) * 255).byte()
+
+
+class Silent:
+    """A progress bar that shows nothing."""
+
+    def update(self, count):
+        pass
+
+    def set_postfix(self, **values):
+        pass
+
+
+def test_joint_training_beats_block_and_round_to_nearest():
+    """By the loss of Eq. (11) on pictures that were not trained on."""
+    teacher = random_model("vit")
+    preprocessing = evaluation.Preprocessing(32, 32, "bicubic", [0.5] * 3, [0.25] * 3)
+    normalize = preprocessing.normalizer("cpu")
+    unseen = normalize(pictures(64, side=32))
+    held_out = {}
+    for method in ("rtn", "block", "joint"):
+        torch.manual_seed(0)
+        student = vitq.quantize_modules(copy.deepcopy(teacher), "w3a3")
+        vitq.initialize(student, normalize(pictures(32, side=32)))
+        losses = quantize.train(student, teacher, method, pictures(200), preprocessing, 90, 16, Silent())
+        assert len(losses) == (0 if method == "rtn" else 90)
+        if method == "joint":
+            assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+        features, quantized_features = quantize.Blocks(teacher), quantize.Blocks(student)
+        with torch.no_grad():
+            logits, quantized_logits = teacher(unseen).logits, student(unseen).logits
+        held_out[method] = quantize.joint_loss(features.take(), quantized_features.take(), logits, quantized_logits).item()
+        features.remove()
+    assert held_out["joint"] < 0.9 * held_out["block"] < 0.9 * held_out["rtn"]
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder like a user's: photos/, imagenet/val/<class>/, and the name vit_t standing for a small random ViT."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for i, picture in enumerate(pictures(40)):
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        image.save(tmp_path / "photos" / f"{i}.jpg")
+        label = tmp_path / "imagenet" / "val" / f"{i % 10:04d}_class"
+        label.mkdir(parents=True, exist_ok=True)
+        image.save(label / f"{i}.PNG")
+    hub_folder(tmp_path / "hub")
+    monkeypatch.setitem(evaluation.MODELS, "vit_t", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def command(line, capsys, monkeypatch):
+    """Run a command line in this process; returns its exit status, stdout and stderr."""
+    script, *arguments = line.split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    status = 0
+    try:
+        evaluation.run({"quantize.py": quantize, "eval.py": evaluation}[script].main)
+    except SystemExit as exit:
+        status = exit.code
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_readme_runs(workplace, capsys, monkeypatch):
+    """As printed, but for two steps of four images instead of thousands, and a small model under the models' names."""
+    commands = readme_commands()
+    known = {"pip install -r requirements.txt", "python -m pytest -q"}
+    scripts = [line.removeprefix("python ") for line in commands if line not in known]
+    assert {line.split()[0] for line in scripts} == {"quantize.py", "eval.py"}
+    for line in scripts:
+        script, *arguments = line.split()
+        parsed = {"quantize.py": quantize, "eval.py": evaluation}[script].parser().parse_args(arguments)
+        quick = " --steps 2 --batch 4" if script == "quantize.py" else ""
+        if parsed.model in evaluation.MODELS:
+            monkeypatch.setitem(evaluation.MODELS, parsed.model, str(workplace / "hub"))
+        status, out, err = command(line + quick, capsys, monkeypatch)
+        assert status == 0, (line, err)
+        assert not parsed.data or "agreement" in out
+
+
+def test_the_documentation_names_only_what_exists():
+    """No README line and no docstring with a flag that the scripts do not have."""
+    for name, module in (("quantize.py", quantize), ("eval.py", evaluation)):
+        flags = set(re.findall(r"--[a-z-]+", module.parser().format_help()))
+        lines = [line.partition("#")[0] for line in ((HERE / "README.md").read_text() + module.__doc__).splitlines()
+                 if f"python {name}" in line]
+        assert lines
+        for line in lines:
+            assert set(re.findall(r"--[a-z-]+", line)) <= flags, line
+
+
+def test_quantize_writes_everything_and_is_repeatable(workplace, capsys, monkeypatch):
+    line = "quantize.py --model vit_t --bits w158a8 --images photos --data imagenet/val --steps 12 --batch 4 --seed 7"
+    for out in ("a", "b"):
+        status, text, err = command(f"{line} --out {out}", capsys, monkeypatch)
+        assert status == 0, err
+    assert "MB in float32" in text and "full precision" in text and "w158a8 joint" in text
+    metrics = [json.loads(Path(out, "metrics.json").read_text()) for out in ("a", "b")]
+    assert set(metrics[0]) == set("model bits edge_bits method images num_images steps batch seed seconds "
+                                  "images_per_second peak_memory_mb fp_mb packed_mb loss_first loss_last fp_top1 "
+                                  "fp_top5 top1 top5 agreement".split())
+    for same in ("loss_first", "loss_last", "top1", "top5", "agreement"):
+        assert metrics[0][same] == metrics[1][same]
+    assert metrics[0]["seed"] == 7 and metrics[0]["num_images"] == 40 and metrics[0]["loss_last"] < metrics[0]["loss_first"]
+    assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
+    command(f"{line} --out c --seed 8", capsys, monkeypatch)
+    assert Path("a/model.safetensors").read_bytes() != Path("c/model.safetensors").read_bytes()
+    assert sorted(path.name for path in Path("a").iterdir()) == ["config.json", "metrics.json", "model.safetensors"]
+    assert not list(Path(".").glob(".*"))  # nothing is left of the writing aside
+
+
+def test_eval_without_labels_and_without_the_original(workplace, capsys, monkeypatch):
+    command("quantize.py --model vit_t --bits w4a4 --images photos --method rtn --out q", capsys, monkeypatch)
+    status, out, _ = command("eval.py --model q --data photos", capsys, monkeypatch)
+    assert status == 0 and "no labels" in out
+    row = next(line for line in out.splitlines() if line.startswith("w4a4")).split()
+    assert row[1:3] == ["-", "-"] and 0 <= float(row[3]) <= 100
+    shutil.rmtree(workplace / "hub")
+    status, out, err = command("eval.py --model q --data imagenet/val", capsys, monkeypatch)
+    assert status == 0 and "agreement is left out" in err
+    row = next(line for line in out.splitlines() if line.startswith("w4a4")).split()
+    assert 0 <= float(row[1]) <= float(row[2]) <= 100 and row[3] == "-"
+
+
+def test_agreement_and_accuracy_against_a_loop(workplace):
+    classifier = evaluation.load_classifier("vit_t")
+    student = vitq.quantize_modules(copy.deepcopy(classifier.model), "w2a4")
+    preprocessing = classifier.preprocessing
+    vitq.initialize(student, preprocessing.normalizer("cpu")(pictures(32, side=32)))
+    paths, labels = evaluation.labelled_images("imagenet/val", classifier.class_names)
+    models = {evaluation.FULL_PRECISION: classifier.model, "w2a4": student}
+    results = evaluation.evaluate(models, preprocessing, paths, labels, torch.device("cpu"))
+    hits = {"agreement": 0, "top1": 0, "top5": 0}
+    for path in paths:
+        pixels = preprocessing.normalizer("cpu")(preprocessing.pixels()(Image.open(path))[None])
+        with torch.no_grad():
+            ranking = student(pixels).logits[0].argsort(descending=True).tolist()
+            first = classifier.model(pixels).logits[0].argmax().item()
+        label = int(path.parent.name[:4])
+        hits["agreement"] += ranking[0] == first
+        hits["top1"] += ranking[0] == label
+        hits["top5"] += label in ranking[:5]
+    for name, count in hits.items():
+        assert results["w2a4"][name] == pytest.approx(100 * count / len(paths))
+
+
+def test_images_are_found_in_any_tree(tmp_path):
+    for place in ("b.JPG", "a/x.png", "a/deep/er/y.jpeg", "a/notes.txt", "z.webp"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    found = [str(path.relative_to(tmp_path)) for path in evaluation.list_images(tmp_path)]
+    assert found == ["a/deep/er/y.jpeg", "a/x.png", "b.JPG", "z.webp"]
+
+
+def test_class_folders():
+    names = ["kite, soaring bird", "crane", "great white shark", "crane"]
+    for folder, index in (("0002_anything", 2), ("1", 1), ("Kite", 0), ("soaring_bird", 0), ("great_white_shark", 2),
+                          ("GREAT white shark", 2), ("9_kite", None), ("n01440764", None), ("kit", None)):
+        assert evaluation.class_of(folder, names) == index, folder
+    with pytest.raises(BadInput, match="1_crane or 3_crane"):
+        evaluation.class_of("crane", names)
+
+
+def test_wnid_folders_stand_at_their_rank(tmp_path):
+    for rank, wnid in enumerate(("n01440764", "n01443537", "n01484850")):
+        (tmp_path / wnid).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / wnid / f"{rank}.jpg")
+    assert evaluation.labelled_images(tmp_path, ["a", "b", "c"])[1] == [0, 1, 2]
+    with pytest.raises(BadInput, match="matches none of the 4 classes"):
+        evaluation.labelled_images(tmp_path, ["a", "b", "c", "d"])
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+def refused(line, capsys, monkeypatch, *fragments):
+    """The command ends with status 2 and one line on stderr that has the fragments, and writes nothing."""
+    before = sorted(Path(".").rglob("*"))
+    status, out, err = command(line, capsys, monkeypatch)
+    assert status == 2, (line, out, err)
+    assert len(err.strip().splitlines()) == 1, err
+    for fragment in fragments:
+        assert fragment in err, (fragment, err)
+    assert sorted(Path(".").rglob("*")) == before
+
+
+QUANTIZE = "quantize.py --model vit_t --images photos"
+
+
+@pytest.mark.parametrize("line, fragments", [
+    ("quantize.py --model deit_x --bits w4a4 --images photos", ["'deit_x'", "did you mean", "deit_s"]),
+    ("quantize.py --model nobody/nothing --bits w4a4 --images photos", ["nobody/nothing", "could not be downloaded"]),
+    ("quantize.py --model photos --bits w4a4 --images photos", ["photos", "config.json"]),
+    (f"{QUANTIZE} --bits 4", ["'4'", "w4a4"]),
+    (f"{QUANTIZE} --bits w9a4", ["'w9a4'", "8"]),
+    (f"{QUANTIZE} --bits w4a16", ["'w4a16'"]),
+    (f"{QUANTIZE} --bits w158a8x", ["'w158a8x'"]),
+    (f"{QUANTIZE}", ["--bits"]),
+    (f"{QUANTIZE} --bits w4a4 --steps 0", ["--steps 0"]),
+    (f"{QUANTIZE} --bits w4a4 --batch -3", ["--batch -3"]),
+    (f"{QUANTIZE} --bits w4a4 --method sequential", ["sequential", "joint"]),
+    (f"{QUANTIZE} --bits w4a4 --edge-bits 4", ["--edge-bits", "same"]),
+    (f"{QUANTIZE} --bits w4a4 --device cuda:99", ["cuda:99", "--device cpu"]),
+    (f"{QUANTIZE} --bits w4a4 --device toaster", ["toaster"]),
+    (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
+    (f"{QUANTIZE} --bits w4a4 --data nowhere", ["nowhere", "no such folder"]),
+    ("quantize.py --model vit_t --bits w4a4 --images nowhere", ["nowhere", "no such folder"]),
+    ("quantize.py --model vit_t --bits w4a4 --images empty", ["empty", "no images"]),
+    ("quantize.py --model vit_t --bits w4a4 --images broken", ["none of 1", "0.jpg"]),
+    (f"{QUANTIZE} --bits w4a4 --data wrong", ["'kitten'", "kite"]),
+    ("eval.py --model deit_x --data imagenet/val", ["'deit_x'", "did you mean"]),
+    ("eval.py --model vit_t", ["--data"]),
+    ("eval.py --model vit_t --data nowhere", ["nowhere"]),
+    ("eval.py --model vit_t --data wrong", ["'kitten'"])])
+def test_bad_input_is_one_line_and_status_2(line, fragments, workplace, capsys, monkeypatch):
+    (workplace / "empty").mkdir()
+    (workplace / "broken").mkdir()
+    (workplace / "broken" / "0.jpg").write_bytes(b"not a picture")
+    (workplace / "wrong" / "kitten").mkdir(parents=True)
+    shutil.copy(workplace / "photos" / "0.jpg", workplace / "wrong" / "kitten")
+    refused(line, capsys, monkeypatch, *fragments)
+
+
+def test_the_exit_status_of_a_process(workplace):
+    """The same through the interpreter, where nothing of this process can help."""
+    done = subprocess.run([sys.executable, HERE / "quantize.py", "--model", "vit_x", "--bits", "w4a4", "--images", "photos"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "vit_x" in done.stderr
+
+
+def test_broken_images_are_named_and_skipped(workplace, capsys, monkeypatch):
+    (workplace / "photos" / "cut.jpg").write_bytes((workplace / "photos" / "0.jpg").read_bytes()[:300])
+    status, _, err = command(f"{QUANTIZE} --bits w4a4 --method rtn", capsys, monkeypatch)
+    assert status == 0 and "skipped 1 of 41" in err and "cut.jpg" in err
+    assert json.loads(Path("quantized/vit_t-w4a4-rtn/metrics.json").read_text())["num_images"] == 40
+
+
+def test_a_non_finite_loss_stops_the_run(workplace, capsys, monkeypatch):
+    tensors = load_file(workplace / "hub" / "model.safetensors")
+    tensors["classifier.bias"][3] = float("nan")
+    save_file(tensors, workplace / "hub" / "model.safetensors", metadata={"format": "pt"})
+    refused(f"{QUANTIZE} --bits w4a4 --steps 3 --batch 2", capsys, monkeypatch, "step 1 of 3", "not finite")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another version", "a tensor missing", "no weights"])
+def test_damaged_quantized_models_are_refused(damage, workplace, capsys, monkeypatch):
+    command(f"{QUANTIZE} --bits w4a4 --method rtn --out q", capsys, monkeypatch)
+    weights, config = Path("q/model.safetensors"), Path("q/config.json")
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "another version":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "version": 99}))
+    elif damage == "a tensor missing":
+        tensors = load_file(weights)
+        del tensors["classifier.weight"]
+        save_file(tensors, weights)
+    else:
+        weights.unlink()
+    refused("eval.py --model q --data imagenet/val", capsys, monkeypatch, "q: ", "quantize")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a tensor missing", "no preprocessing", "pickle only", "another network"])
+def test_damaged_checkpoints_are_refused(damage, workplace, capsys, monkeypatch):
+    hub = workplace / "hub"
+    weights = hub / "model.safetensors"
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "a tensor missing":
+        tensors = load_file(weights)
+        del tensors["vit.layernorm.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif damage == "no preprocessing":
+        (hub / "preprocessor_config.json").unlink()
+    elif damage == "pickle only":
+        weights.rename(hub / "pytorch_model.bin")
+    else:
+        config = json.loads((hub / "config.json").read_text())
+        (hub / "config.json").write_text(json.dumps({**config, "architectures": ["ResNetForImageClassification"]}))
+    refused("eval.py --model vit_t --data imagenet/val", capsys, monkeypatch, "vit_t")
+
+
+def test_a_timm_swin_is_refused_with_the_remedy(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timm_checkpoint(tmp_path / "swin")
+    config = json.loads((tmp_path / "swin" / "config.json").read_text())
+    (tmp_path / "swin" / "config.json").write_text(json.dumps({**config, "architecture": "swin_tiny_patch4_window7_224"}))
+    refused("eval.py --model swin --data swin", capsys, monkeypatch, "swin_t")
+
+
+# ------------------------------------------------------------------------------------------------ the real thing
+
+@pytest.mark.skipif(not IMAGENET.exists(), reason="needs ../shared/imagenet")
+def test_the_real_vit_ti_gives_its_accuracy():
+    classifier = evaluation.load_classifier(str(IMAGENET / "vit_tiny"))
+    assert classifier.class_names[21] == "kite" and len(classifier.class_names) == 1000
+    paths, labels = evaluation.labelled_images(IMAGENET / "val", classifier.class_names)
+    result = evaluation.evaluate({evaluation.FULL_PRECISION: classifier.model}, classifier.preprocessing, paths, labels,
+                                 torch.device("cpu"))[evaluation.FULL_PRECISION]
+    assert len(paths) == 1000
+    assert result["top1"] == pytest.approx(82.4, abs=0.1) and result["top5"] == pytest.approx(95.9, abs=0.1)
+
+
+@pytest.mark.skipif(not IMAGENET.exists(), reason="needs ../shared/imagenet")
+def test_the_real_vit_ti_survives_eight_bits():
+    """Round to nearest at W8A8 follows the full-precision model; a wrong axis or a lost scale would not."""
+    classifier = evaluation.load_classifier(str(IMAGENET / "vit_tiny"))
+    student = vitq.quantize_modules(copy.deepcopy(classifier.model), "w8a8")
+    paths = evaluation.list_images(IMAGENET / "calib")[::10]
+    (_, pixels), = evaluation.decode(paths, classifier.preprocessing.pixels(), "reading")
+    pixels = classifier.preprocessing.normalizer("cpu")(pixels)
+    vitq.initialize(student, pixels[:32])
+    with torch.no_grad():
+        agreement = (student(pixels[32:]).logits.argmax(1) == classifier.model(pixels[32:]).logits.argmax(1)).float().mean()
+    assert agreement > 0.9
