@@ -50,9 +50,7 @@ transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()  # what it would say of a checkpoint, `load_classifier` checks and raises
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Preprocessing: always the checkpoint's own
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Preprocessing: always the checkpoint's own
 
 @dataclass
 class Preprocessing:
@@ -94,9 +92,7 @@ class Preprocessing:
         return lambda pixels: (pixels / 255 - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Classifiers
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Classifiers
 
 @dataclass
 class Classifier:
@@ -221,9 +217,7 @@ def from_timm(config, tensors):
     return network, Preprocessing.from_timm(pretrained)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Images
 
 def list_images(folder):
     """All image files below a folder, sorted. Raises BadInput if there is no such folder or no image in it."""
@@ -303,9 +297,7 @@ def decode(paths, transform, description, chunk=256):
               + (", ..." if len(broken) > 5 else ""), file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Evaluation
 
 FULL_PRECISION = "full precision"  # the name of the reference among the models that `evaluate` compares
 
@@ -368,9 +360,7 @@ def full_precision_mb(model):
     return sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line, shared with quantize.py
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Command line, shared with quantize.py
 
 class Parser(argparse.ArgumentParser):
     """argparse with the docstring as the help text and errors of one line."""

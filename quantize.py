@@ -45,9 +45,7 @@ CPU_COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else 
 RECORD_AT = 4  # the step that is recorded; the allocator and the libraries have settled by then
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loss: Eq. (9)-(11)
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- The loss: Eq. (9)-(11)
 
 class Blocks:
     """Collects h_l, the output of every transformer block, during a model's forward."""
@@ -85,9 +83,7 @@ def joint_loss(features, quantized_features, logits, quantized_logits):
         + LOGIT_WEIGHT * logit_loss(logits, quantized_logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- The loop
 
 def random_crops(images, size, batch):
     """A batch of randomly cropped and mirrored images: uint8 (N, 3, S, S) -> uint8 (batch, 3, size, size).
@@ -211,9 +207,7 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
     return losses
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Command line
 
 def parser():
     parser = Parser(__doc__)

@@ -686,6 +686,7 @@ QUANTIZE = "quantize.py --model vit_t --images photos"
     (f"{QUANTIZE} --bits w4a4 --device cuda:99", ["cuda:99", "--device cpu"]),
     (f"{QUANTIZE} --bits w4a4 --device toaster", ["toaster"]),
     (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
+    (f"{QUANTIZE} --bits w4a4 --out photos/0.jpg/q", ["photos/0.jpg", "--out"]),
     (f"{QUANTIZE} --bits w4a4 --data nowhere", ["nowhere", "no such folder"]),
     ("quantize.py --model vit_t --bits w4a4 --images nowhere", ["nowhere", "no such folder"]),
     ("quantize.py --model vit_t --bits w4a4 --images empty", ["empty", "no images"]),

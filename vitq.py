@@ -45,9 +45,7 @@ def parse_bits(text):
     return TERNARY if weight == "158" else int(weight), int(activation)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Quantizers: Eq. (1)-(3)
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Quantizers: Eq. (1)-(3)
 
 class RoundSTE(torch.autograd.Function):
     """round() with the gradient of the identity (straight-through estimator, Bengio 2013).
@@ -110,21 +108,18 @@ INITIALIZATION_VALUES = 2 ** 17
 
 def smallest_error(x, candidates, quantize):
     """For each row of x (R, N), the candidate (a tuple of (R, 1) tensors) whose quantization error is least."""
-    best, best_error = None, None
+    best, best_error = candidates[0], torch.full_like(candidates[0][0], torch.inf)
     for candidate in candidates:
         error = (quantize(x, *candidate) - x).square().sum(1, keepdim=True)  # (R, 1)
-        if best is None:
-            best, best_error = candidate, error
-        better = error < best_error
-        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best))
-        best_error = torch.where(better, error, best_error)
+        best = tuple(torch.where(error < best_error, new, old) for new, old in zip(candidate, best))
+        best_error = torch.minimum(error, best_error)
     return best
 
 
 def activation_scale(x, bits):
     """Eq. (6) for activations: x (R, N) -> scale and zero point, (R, 1) each.
 
-    The two ends of the range are searched one after the other, since GELU and softmax are far from symmetric.
+    Both ends of the range shrink together, then each alone, since GELU and softmax are far from symmetric.
     """
     def scale_and_zero_point(low, high):
         scale = (high - low).clamp_min(1e-8) / (2 ** bits - 1)
@@ -134,11 +129,10 @@ def activation_scale(x, bits):
         return fake_quantize(x, *scale_and_zero_point(low, high), bits)
 
     # zero stays inside the range: padding and the floor of GELU and softmax are then represented almost exactly
-    low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
-    low, high = smallest_error(x, [(low * f, high * f) for f in CLIPPING_GRID], quantize)
-    full_low, full_high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
-    low, high = smallest_error(x, [(low, high)] + [(low, full_high * f) for f in CLIPPING_GRID], quantize)
-    low, high = smallest_error(x, [(low, high)] + [(full_low * f, high) for f in CLIPPING_GRID], quantize)
+    lowest, highest = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    low, high = smallest_error(x, [(lowest * f, highest * f) for f in CLIPPING_GRID], quantize)
+    low, high = smallest_error(x, [(low, high)] + [(low, highest * f) for f in CLIPPING_GRID], quantize)
+    low, high = smallest_error(x, [(low, high)] + [(lowest * f, high) for f in CLIPPING_GRID], quantize)
     return scale_and_zero_point(low, high)
 
 
@@ -181,9 +175,7 @@ class ActivationQuantizer(nn.Module):
         return fake_quantize(x, self.log_scale.exp(), self.zero_point, self.bits)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Layers: Eq. (2)-(5)
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- Layers: Eq. (2)-(5)
 
 class QuantWeight:
     """What QuantLinear and QuantConv2d share: a weight with a learned scale an output channel, and a quantized input.
@@ -295,9 +287,7 @@ def quantized_attention(module, query, key, value, attention_mask, scaling=None,
 AttentionInterface.register("vitq", quantized_attention)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A whole network
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- A whole network
 
 def blocks(model):
     """The transformer blocks in the order in which they run (ViTLayer, DeiTLayer or SwinLayer)."""
@@ -329,7 +319,8 @@ def quantize_modules(model, bits, edge_bits=EDGE_BITS):
     for block in blocks(model):
         attention, mlp = block.attention, block.mlp
         replace(attention, ("q_proj", "k_proj", "v_proj"), *body, rescale(block, "layernorm_before"))
-        for operand in ("query", "key", "value", "probability"):  # each head is a product of its own: a scale a head
+        # each head is a product of its own and has a range of its own: a scale a head (README.md has what it brings)
+        for operand in ("query", "key", "value", "probability"):
             setattr(attention, f"{operand}_quantizer", ActivationQuantizer(activation_bits,
                                                                            attention.num_attention_heads))
         replace(attention, ("o_proj",), *body)
@@ -399,9 +390,7 @@ def fold(model):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The packed checkpoint
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------- The packed checkpoint
 
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
 
@@ -453,20 +442,25 @@ def save_quantized(model, folder, bits, edge_bits, about, metrics=None):
         size = (aside / "model.safetensors").stat().st_size
         if metrics is not None:
             (aside / "metrics.json").write_text(json.dumps({**metrics, "packed_mb": size / 1e6}, indent=1))
-        aside.chmod(0o755)
+        aside.chmod(0o755)  # mkdtemp made it private
+        retired = Path(f"{aside}.old")
         if folder.exists():
-            shutil.rmtree(folder)
+            os.rename(folder, retired)
         os.rename(aside, folder)
+        shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return size
 
 
 def check_output(folder):
-    """Raise BadInput if `folder` holds something that is not an earlier result of `save_quantized`."""
+    """Raise BadInput if `folder` cannot be written, or holds something else than an earlier result."""
     folder = Path(folder)
     if folder.exists() and not is_quantized(folder):
         raise BadInput(f"{folder}: exists and is not a quantized model; it is left alone, name another folder")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"{folder}: {parent} is not a folder that can be written to; name another one with --out")
 
 
 def is_quantized(folder):
