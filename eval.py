@@ -118,6 +118,8 @@ def model_folder(model):
     hub_id = MODELS.get(model, model)
     if Path(hub_id).is_dir():
         return Path(hub_id)
+    if hub_id.startswith("quantized/"):
+        raise BadInput(f"model {model!r}: no such folder; quantize.py writes it")
     try:
         if "/" not in hub_id:
             raise HFValidationError

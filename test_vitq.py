@@ -693,6 +693,7 @@ QUANTIZE = "quantize.py --model vit_t --images photos"
     ("quantize.py --model vit_t --bits w4a4 --images broken", ["none of 1", "0.jpg"]),
     (f"{QUANTIZE} --bits w4a4 --data wrong", ["'kitten'", "kite"]),
     ("eval.py --model deit_x --data imagenet/val", ["'deit_x'", "did you mean"]),
+    ("eval.py --model quantized/vit_t-w4a4 --data imagenet/val", ["quantized/vit_t-w4a4", "quantize.py writes it"]),
     ("eval.py --model vit_t", ["--data"]),
     ("eval.py --model vit_t --data nowhere", ["nowhere"]),
     ("eval.py --model vit_t --data wrong", ["'kitten'"])])
