@@ -223,7 +223,8 @@ def parser():
                         "head (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops and of the images that set the first "
+                        "scales (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="the folder to write (default: quantized/<model>-<bits>, "
                         "and -<method> for a baseline)")
     return parser
@@ -239,9 +240,9 @@ def peak_memory_mb(device):
 def main():
     args = parser().parse_args()
     vitq.parse_bits(args.bits)
-    for name, least in (("steps", 1), ("batch", 1)):
-        if getattr(args, name) < least:
-            raise BadInput(f"--{name} {getattr(args, name)}: must be {least} or more")
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: must be 1 or more")
     edge_bits = args.edge_bits if args.edge_bits == "same" else int(args.edge_bits)
     device = torch_device(args.device)
     suffix = "" if args.method == "joint" else f"-{args.method}"
@@ -272,18 +273,20 @@ def main():
                "seed": args.seed, "seconds": seconds, "images_per_second": steps * args.batch / seconds if steps else None,
                "peak_memory_mb": peak_memory_mb(device), "fp_mb": full_precision_mb(teacher),
                "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None}
-    results = {}
+    def save():
+        return vitq.save_quantized(student, out, args.bits, edge_bits,
+                                   {"source": args.model, "preprocessing": asdict(preprocessing)}, metrics)
+
+    size = save()  # already now: the evaluation may be interrupted, and the training must not be lost with it
+    print(f"{out}: {metrics['fp_mb']:.2f} MB in float32, {size / 1e6:.2f} MB packed; "
+          f"{len(images)} images, {steps} steps of batch {args.batch}, seed {args.seed}, {seconds:.0f} s")
     if data:
         row = f"{args.bits} {args.method}"
         results = evaluate({FULL_PRECISION: teacher, row: student}, preprocessing, *data, device)
         metrics.update({"fp_top1": results[FULL_PRECISION]["top1"], "fp_top5": results[FULL_PRECISION]["top5"],
                         **{name: results[row][name] for name in ("top1", "top5", "agreement")}})
-    size = vitq.save_quantized(student, out, args.bits, edge_bits,
-                               {"source": args.model, "preprocessing": asdict(preprocessing)}, metrics)
-    print(f"{out}: {metrics['fp_mb']:.2f} MB in float32, {size / 1e6:.2f} MB packed; "
-          f"{len(images)} images, {steps} steps of batch {args.batch}, seed {args.seed}, {seconds:.0f} s")
-    if results:
-        print_table(result_rows(results, dict(zip(results, (metrics["fp_mb"], size / 1e6)))))
+        save()
+        print_table(result_rows(results, {FULL_PRECISION: metrics["fp_mb"], row: size / 1e6}))
 
 
 if __name__ == "__main__":

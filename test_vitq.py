@@ -721,6 +721,14 @@ def test_broken_images_are_named_and_skipped(workplace, capsys, monkeypatch):
     assert json.loads(Path("quantized/vit_t-w4a4-rtn/metrics.json").read_text())["num_images"] == 40
 
 
+def test_the_training_is_kept_when_the_evaluation_fails(workplace, capsys, monkeypatch):
+    for picture in (workplace / "imagenet" / "val").rglob("*.PNG"):
+        picture.write_bytes(b"not a picture")
+    status, _, err = command(f"{QUANTIZE} --bits w4a4 --steps 2 --batch 2 --data imagenet/val --out q", capsys, monkeypatch)
+    assert status == 2 and "none of 40 images" in err
+    assert vitq.load_quantized("q")[1]["bits"] == "w4a4"
+
+
 def test_a_non_finite_loss_stops_the_run(workplace, capsys, monkeypatch):
     tensors = load_file(workplace / "hub" / "model.safetensors")
     tensors["classifier.bias"][3] = float("nan")
