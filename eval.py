@@ -75,7 +75,7 @@ class Preprocessing:
         """From a transformers image processor."""
         size = processor.size
         resize = size.shortest_edge or [size.height, size.width]
-        crop = processor.crop_size.height if processor.do_center_crop else size.height
+        crop = processor.crop_size.height if processor.do_center_crop else size.height or size.shortest_edge
         interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(processor.resample)]
         return cls(resize, crop, interpolation, list(processor.image_mean), list(processor.image_std))
 
@@ -161,9 +161,9 @@ def load_classifier(model):
             if loading["missing_keys"]:  # transformers would leave them at random values
                 raise KeyError(f"without {min(loading['missing_keys'])}")
             preprocessing = Preprocessing.from_transformers(AutoImageProcessor.from_pretrained(folder))
-    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
+    except BadInput:
+        raise
+    except (OSError, SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"model {model}: the checkpoint is damaged or incomplete ({reason}); download it again") from error
     return Classifier(network.float().eval(), preprocessing)
@@ -390,7 +390,8 @@ def run(main):
     try:
         main()
     except BadInput as error:
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parser():

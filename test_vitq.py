@@ -736,7 +736,7 @@ def test_a_non_finite_loss_stops_the_run(workplace, capsys, monkeypatch):
     refused(f"{QUANTIZE} --bits w4a4 --steps 3 --batch 2", capsys, monkeypatch, "step 1 of 3", "not finite")
 
 
-@pytest.mark.parametrize("damage", ["cut short", "another version", "a tensor missing", "no weights"])
+@pytest.mark.parametrize("damage", ["cut short", "another version", "no version", "a tensor missing", "no weights"])
 def test_damaged_quantized_models_are_refused(damage, workplace, capsys, monkeypatch):
     command(f"{QUANTIZE} --bits w4a4 --method rtn --out q", capsys, monkeypatch)
     weights, config = Path("q/model.safetensors"), Path("q/config.json")
@@ -744,6 +744,8 @@ def test_damaged_quantized_models_are_refused(damage, workplace, capsys, monkeyp
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "another version":
         config.write_text(json.dumps({**json.loads(config.read_text()), "version": 99}))
+    elif damage == "no version":
+        config.write_text(json.dumps({"format": "vitq"}))
     elif damage == "a tensor missing":
         tensors = load_file(weights)
         del tensors["classifier.weight"]
@@ -798,10 +800,11 @@ def test_the_real_vit_ti_gives_its_accuracy():
 def test_the_real_vit_ti_survives_eight_bits():
     """Round to nearest at W8A8 follows the full-precision model; a wrong axis or a lost scale would not.
 
-    One tensor is left out, the one with the largest scale: the input of fc2 in block 7 reaches 215 where its 99.9th
-    percentile is 2.5, so that by Eq. (6) even 256 levels are 0.8 apart.
+    One tensor is the exception: the input of fc2 in block 7 reaches 215 where its 99.9th percentile is 2.5, so that by
+    Eq. (6) even 256 levels are 0.8 apart. The README has the figures of three seeds; this is the first of them.
     """
     classifier = evaluation.load_classifier(str(IMAGENET / "vit_tiny"))
+    torch.manual_seed(0)
     student = vitq.quantize_modules(copy.deepcopy(classifier.model), "w8a8")
     paths = evaluation.list_images(IMAGENET / "calib")[::8]
     (_, pixels), = evaluation.decode(paths, classifier.preprocessing.pixels(), "reading")
@@ -809,7 +812,10 @@ def test_the_real_vit_ti_survives_eight_bits():
     vitq.initialize(student, pixels[:32])
     name, massive = max(vitq.modules_of(student, vitq.ActivationQuantizer), key=lambda pair: pair[1].log_scale.max().item())
     assert "layers.7.mlp.fc2" in name
-    massive.enabled = False
+    agreement = {}
     with torch.no_grad():
-        agreement = (student(pixels[32:]).logits.argmax(1) == classifier.model(pixels[32:]).logits.argmax(1)).float().mean()
-    assert agreement > 0.9
+        expected = classifier.model(pixels[32:]).logits.argmax(1)
+        for massive.enabled in (True, False):
+            agreement[massive.enabled] = (student(pixels[32:]).logits.argmax(1) == expected).float().mean().item()
+    assert agreement[True] == pytest.approx(0.796, abs=0.04)
+    assert agreement[False] == pytest.approx(0.935, abs=0.04)

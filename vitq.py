@@ -423,7 +423,7 @@ def unpack(packed, bits, shape):
 def save_quantized(model, folder, bits, edge_bits, about, metrics=None):
     """Write a folded model to `folder`: model.safetensors, config.json, and metrics.json if there are metrics.
 
-    `about` is a dictionary stored beside the network's own configuration (source, preprocessing, class names).
+    `about` is a dictionary stored beside the network's own configuration (source, preprocessing).
     The folder appears whole or not at all. An older result there is replaced; anything else raises BadInput.
     Returns the size of model.safetensors in bytes.
     """
@@ -477,8 +477,8 @@ def load_quantized(folder):
     Raises BadInput for another format version and for a file that is damaged or cut short.
     """
     config = json.loads((Path(folder) / "config.json").read_text())
-    if config["version"] != FORMAT_VERSION:
-        raise BadInput(f"{folder}: format version {config['version']}, but this code reads version {FORMAT_VERSION}; "
+    if config.get("version") != FORMAT_VERSION:
+        raise BadInput(f"{folder}: format version {config.get('version')}, but this code reads version {FORMAT_VERSION}; "
                        "quantize the model again")
     try:
         network = AutoConfig.for_model(**config["network"])
@@ -489,7 +489,7 @@ def load_quantized(folder):
         model.load_state_dict({**tensors, **{f"{name}.weight": layer.weight for name, layer in layers}})
         for name, layer in layers:
             layer.set_integers(unpack(packed[name], layer.weight_bits, layer.weight.shape))
-    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{folder}: the quantized model is damaged or cut short ({reason}); quantize it again") from error
     return model.eval(), config
