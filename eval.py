@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -29,6 +30,7 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 from transformers import (AutoImageProcessor, DeiTConfig, DeiTForImageClassificationWithTeacher,
                           ViTConfig, ViTForImageClassification)
@@ -43,7 +45,8 @@ MODELS = {"deit_t": "facebook/deit-tiny-patch16-224", "deit_s": "facebook/deit-s
           "vit_s": "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
           "vit_b": "timm/vit_base_patch16_224.augreg_in21k_ft_in1k",
           "swin_t": "microsoft/swin-tiny-patch4-window7-224", "swin_s": "microsoft/swin-small-patch4-window7-224",
-          "swin_b": "microsoft/swin-base-patch4-window7-224"}
+          "swin_b": "microsoft/swin-base-patch4-window7-224",
+          "tiny": str(Path(__file__).parent / "tiny" / "vit")}
 FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 
 transformers.logging.disable_progress_bar()
@@ -104,6 +107,26 @@ class Classifier:
     def class_names(self):
         return class_names(self.model)
 
+    def features(self, images):
+        """f and phi of Eq. (14) and (16): logits (B, classes) and features (B, sum of the blocks' channels).
+
+        images: float (B, 3, H, W) in [0, 1], of any size, on the model's device. They are resized, cropped and normalized
+        as photographs are, differentiably; without antialiasing a 512-pixel picture would turn into another texture.
+        phi: the mean over the tokens of every block's output, each of unit length, one after the other, so that the
+        cosine of two phi is the mean of the blocks' cosines. The head's own input would not do: a good classifier's is nearly
+        the same for all pictures of a class, while the layers below, all of which are calibrated, still tell them apart.
+        """
+        preprocessing = self.preprocessing
+        resized = VF.resize(images, preprocessing.resize if isinstance(preprocessing.resize, list)
+                            else [preprocessing.resize], InterpolationMode(preprocessing.interpolation), antialias=True)
+        pixels = 255 * VF.center_crop(resized, [preprocessing.crop])
+        blocks = vitq.Blocks(self.model)
+        try:
+            logits = self.model(preprocessing.normalizer(images.device)(pixels)).logits
+        finally:
+            blocks.remove()
+        return logits, torch.cat([F.normalize(output.mean(1), dim=1) for output in blocks.outputs], 1)
+
 
 def class_names(model):
     """The names of a model's classes, in the order of its logits."""
@@ -132,8 +155,8 @@ def model_folder(model):
         return Path(snapshot_download(hub_id, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises its own errors, its HTTP library's, and the system's
         raise BadInput(f"model {model!r}: {hub_id} is not in the local cache and could not be downloaded "
-                       f"({type(error).__name__}); check the name and the network, or give a folder that holds its "
-                       f"{' and '.join(FILES[::2])}") from error
+                       f"({type(error).__name__}); check the name and the network, give a folder that holds its "
+                       f"{' and '.join(FILES[::2])}, or work offline with --model tiny, which needs none") from error
 
 
 def load_classifier(model):
@@ -222,28 +245,46 @@ def from_timm(config, tensors):
 # -------------------- Images
 
 def list_images(folder):
-    """All image files below a folder, sorted. Raises BadInput if there is no such folder or no image in it."""
+    """All image files below a folder, sorted, but for generate.py's overviews, grid.png.
+
+    Raises BadInput if there is no such folder or no image in it.
+    """
     if not Path(folder).is_dir():
         raise BadInput(f"{folder}: no such folder of images")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS
+                   and path.name != "grid.png")
     if not paths:
         raise BadInput(f"{folder}: no images in it (looked for {' '.join(IMG_EXTENSIONS)}, in subfolders too)")
     return paths
 
 
-def class_of(name, names):
-    """The index of the class that a folder name means, or None: "0021_kite", "21", "kite", "great_white_shark"."""
+def classes_named(name, names):
+    """The indices of the classes that a name or a number means: "21", "0021_kite", "Kite", "great_white_shark"."""
     number = re.match(r"(\d+)(_|$)", name)
     if number:
-        return int(number[1]) if int(number[1]) < len(names) else None
-    plain = name.replace("_", " ").casefold()
+        return [int(number[1])] if int(number[1]) < len(names) else []
+    plain = " ".join(name.replace("_", " ").casefold().split())
     # a class may carry several names: "kite, black kite"
-    found = [index for index, synonyms in enumerate(names)
-             if plain in [synonyms.casefold(), *synonyms.casefold().split(", ")]]
+    return [index for index, synonyms in enumerate(names)
+            if plain in [synonyms.casefold(), *synonyms.casefold().split(", ")]]
+
+
+def nearest(name, names):
+    """The class names most like a name, as the end of a message; empty if none is."""
+    synonyms = {synonym.casefold(): synonym for name in names for synonym in name.split(", ")}
+    near = difflib.get_close_matches(name.replace("_", " ").casefold(), synonyms, n=3, cutoff=0.4)
+    return f", for example {', '.join(synonyms[match] for match in near)}" if near else ""
+
+
+def find_class(name, names):
+    """The index of the class that a user names. Raises BadInput if there is none, or if several have the name."""
+    found = classes_named(name, names)
+    if not found:
+        raise BadInput(f"class {name!r} is none of the model's {len(names)} classes; give an index below {len(names)} or "
+                       f"a name{nearest(name, names)}")
     if len(found) > 1:
-        raise BadInput(f"class folder {name!r}: several classes have this name; begin the folder's name with the index, "
-                       + " or ".join(f"{index}_{name}" for index in found))
-    return found[0] if found else None
+        raise BadInput(f"class {name!r}: several classes have this name; give the index, {' or '.join(map(str, found))}")
+    return found[0]
 
 
 def labelled_images(folder, names):
@@ -259,21 +300,24 @@ def labelled_images(folder, names):
     if None in owners:
         raise BadInput(f"{folder}: {paths[owners.index(None)].name} lies beside the class folders; move it into one")
     folders = sorted(set(owners))
-    labels = {owner: class_of(owner, names) for owner in folders}
-    if len(folders) == len(names) and all(label is None for label in labels.values()):
-        labels = {owner: rank for rank, owner in enumerate(folders)}
-    for owner, label in labels.items():
-        if label is None:
-            near = difflib.get_close_matches(owner.replace("_", " "), names, n=3, cutoff=0.4)
+    found = {owner: classes_named(owner, names) for owner in folders}
+    if len(folders) == len(names) and not any(found.values()):
+        found = {owner: [rank] for rank, owner in enumerate(folders)}
+    for owner, indices in found.items():
+        if not indices:
             raise BadInput(f"class folder {owner!r} in {folder} matches none of the {len(names)} classes; name it by "
-                           "index or by class name" + (f", for example {', '.join(near)}" if near else ""))
-    return paths, [labels[owner] for owner in owners]
+                           f"index or by class name{nearest(owner, names)}")
+        if len(indices) > 1:
+            raise BadInput(f"class folder {owner!r} in {folder}: several classes have this name; begin the folder's name "
+                           "with the index, " + " or ".join(f"{index}_{owner}" for index in indices))
+    return paths, [found[owner][0] for owner in owners]
 
 
 def decode(paths, transform, description, chunk=256):
     """Decode images on all cores; yields (their positions in `paths`, uint8 (n, 3, H, W)), up to `chunk` at a time.
 
-    What cannot be decoded is skipped and named on stderr; raises BadInput if nothing is left.
+    What cannot be decoded is skipped and named on stderr; raises BadInput if nothing is left. Without a description
+    there is no progress bar.
     """
     def load(path):
         try:
@@ -285,7 +329,8 @@ def decode(paths, transform, description, chunk=256):
 
     broken = []
     # threads suffice: Pillow decodes and resizes outside the interpreter's lock
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=description, unit="image", disable=None) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=description, unit="image",
+                                            disable=None if description else True) as bar:
         for start in range(0, len(paths), chunk):
             images = list(pool.map(load, paths[start:start + chunk]))
             good = [start + i for i, image in enumerate(images) if image is not None]

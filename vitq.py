@@ -294,6 +294,25 @@ def blocks(model):
     return [module for module in model.modules() if hasattr(module, "layernorm_before")]
 
 
+class Blocks:
+    """Collects h_l, the output of every transformer block, during a model's forward."""
+
+    def __init__(self, model):
+        self.outputs = []
+        self.handles = [block.register_forward_hook(self.collect) for block in blocks(model)]
+
+    def collect(self, block, inputs, output):
+        self.outputs.append(output[0] if isinstance(output, tuple) else output)  # (B, tokens, channels)
+
+    def take(self):
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
+
+
 def quantize_modules(model, bits, edge_bits=EDGE_BITS):
     """Put the fake-quant modules into `model`, in place; the scales are still to be set by `initialize`.
 
