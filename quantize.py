@@ -21,11 +21,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
+import generate
 import vitq
 from eval import (FULL_PRECISION, Parser, decode, evaluate, full_precision_mb, labelled_images, list_images,
                   load_classifier, print_table, result_rows, run, torch_device)
+from tiny import shapes
 from vitq import BadInput
 
 INITIALIZATION_IMAGES = 32
@@ -34,7 +37,9 @@ INITIALIZATION_IMAGES = 32
 WEIGHT_LR = 2e-4
 QUANTIZER_LR = 1e-3
 FEATURE_WEIGHT, LOGIT_WEIGHT = 1.0, 1.0  # a_f and a_z of Eq. (11)
-MARGIN = 32  # pixels by which calibration images exceed the network's input, for the random crops
+MARGIN = 1 / 7  # by which calibration images exceed the network's input, for the random crops: 32 pixels of 224
+STEPS = {"tiny": 600}  # model -> steps; for all others 3,000
+PICTURES = 960  # that are painted where no images are given: at least so many, and at least one a prompt
 READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU wait
 # A step is thousands of small kernels, most of them Eq. (1) and its gradient. Compiling the blocks fuses them; it takes
 # some 20 s, which short runs do not earn back. On a GPU, launching the kernels would still take longer than they do,
@@ -46,25 +51,6 @@ RECORD_AT = 4  # the step that is recorded; the allocator and the libraries have
 
 
 # -------------------- The loss: Eq. (9)-(11)
-
-class Blocks:
-    """Collects h_l, the output of every transformer block, during a model's forward."""
-
-    def __init__(self, model):
-        self.outputs = []
-        self.handles = [block.register_forward_hook(self.collect) for block in vitq.blocks(model)]
-
-    def collect(self, block, inputs, output):
-        self.outputs.append(output[0] if isinstance(output, tuple) else output)  # (B, tokens, channels)
-
-    def take(self):
-        outputs, self.outputs = self.outputs, []
-        return outputs
-
-    def remove(self):
-        for handle in self.handles:
-            handle.remove()
-
 
 def feature_loss(features, quantized_features):
     """Eq. (9). Two lists of h_l, (B, tokens, channels) each; relative, since the norm of h_l grows with depth."""
@@ -152,7 +138,7 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
     device = images.device
     on_gpu = device.type == "cuda"
     normalize = preprocessing.normalizer(device)
-    blocks, quantized_blocks = Blocks(teacher), Blocks(student)
+    blocks, quantized_blocks = vitq.Blocks(teacher), vitq.Blocks(student)
     compiled = vitq.blocks(student) if steps >= COMPILE_FROM and (on_gpu or shutil.which(CPU_COMPILER)) else []
     for block in compiled:
         block.forward = torch.compile(block.forward)
@@ -214,20 +200,35 @@ def parser():
     parser.add_argument("--model", required=True, help="a name (deit_s, vit_t, swin_t, ...), a hub id, or a folder")
     parser.add_argument("--bits", required=True, help="wXaY: X bits a weight (158 is ternary, or 2..8), Y bits an "
                         "activation (2..8)")
-    parser.add_argument("--images", required=True, nargs="+", metavar="DIR", help="unlabelled calibration images, any "
-                        "tree of image files; several folders are joined")
-    parser.add_argument("--data", metavar="DIR", help="labelled images for the table at the end, one folder a class")
+    parser.add_argument("--images", nargs="+", metavar="DIR", help="unlabelled calibration images, any tree of image "
+                        "files; several folders are joined (default: generated/<model>, painted first if missing)")
+    parser.add_argument("--data", metavar="DIR", help="labelled images for the table at the end, one folder a class "
+                        "(default for tiny: tiny/test, drawn first if missing)")
     parser.add_argument("--method", choices=["joint", "block", "rtn"], default="joint", help="joint optimization, or "
                         "one of the baselines (default: %(default)s)")
     parser.add_argument("--edge-bits", choices=["8", "same"], default="8", help="bits of the patch embedding and the "
                         "head (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 3000; for tiny "
+                        f"{STEPS['tiny']})")
     parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the crops and of the images that set the first "
                         "scales (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="the folder to write (default: quantized/<model>-<bits>, "
                         "and -<method> for a baseline)")
     return parser
+
+
+def paint_missing(model, classifier, device):
+    """The folder generated/<model>, with learned prompts, after painting what it lacks of the model's classes."""
+    classes = len(classifier.class_names)
+    settings = generate.settings_of(model)
+    folder = generate.default_folder(settings)
+    per_mode = math.ceil(PICTURES / (classes * settings["modes"]))
+    classifier.model.to(device).requires_grad_(False)
+    seconds = generate.fill(folder, classifier, range(classes), device, per_mode, settings)
+    if seconds:
+        print(f"{generate.summary(folder, classifier, range(classes), device)}, {seconds:.0f} s", flush=True)
+    return folder
 
 
 def peak_memory_mb(device):
@@ -240,6 +241,7 @@ def peak_memory_mb(device):
 def main():
     args = parser().parse_args()
     vitq.parse_bits(args.bits)
+    args.steps = STEPS.get(args.model, 3000) if args.steps is None else args.steps
     for name in ("steps", "batch"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be 1 or more")
@@ -248,20 +250,25 @@ def main():
     suffix = "" if args.method == "joint" else f"-{args.method}"
     out = Path(args.out or f"quantized/{Path(args.model).resolve().name}-{args.bits}{suffix}")
     vitq.check_output(out)
-    paths = [path for folder in args.images for path in list_images(folder)]
+    paths = [path for folder in args.images or [] for path in list_images(folder)]
     classifier = load_classifier(args.model)
     preprocessing = classifier.preprocessing
+    if args.model == "tiny" and not args.data:
+        args.data = shapes.test_folder()
     data = labelled_images(args.data, classifier.class_names) if args.data else None
+    if not args.images:
+        args.images = [str(paint_missing(args.model, classifier, device))]
+        paths = list_images(args.images[0])
 
     torch.manual_seed(args.seed)
-    images = torch.cat([pixels for _, pixels in decode(paths, preprocessing.pixels(MARGIN), "reading images")])
+    margin = 2 * round(MARGIN * preprocessing.crop / 2)
+    images = torch.cat([pixels for _, pixels in decode(paths, preprocessing.pixels(margin), "reading images")])
     images = images.to(device)
     teacher = classifier.model.to(device)
     start = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(classifier.model).cpu(), args.bits, edge_bits).to(device)
-    first = images[torch.randperm(len(images))[:INITIALIZATION_IMAGES].to(device), :, MARGIN // 2:-MARGIN // 2,
-                   MARGIN // 2:-MARGIN // 2]
-    vitq.initialize(student, preprocessing.normalizer(device)(first))
+    first = images[torch.randperm(len(images))[:INITIALIZATION_IMAGES].to(device)]
+    vitq.initialize(student, preprocessing.normalizer(device)(VF.center_crop(first, [preprocessing.crop])))
     steps = 0 if args.method == "rtn" else args.steps
     with tqdm(total=steps, desc=f"{args.method} {args.bits}", unit="step", disable=None if steps else True) as progress:
         losses = train(student, teacher, args.method, images, preprocessing, steps, args.batch, progress)

@@ -25,12 +25,16 @@ from transformers import (AutoImageProcessor, DeiTConfig, DeiTForImageClassifica
                           ViTForImageClassification, ViTImageProcessor)
 
 import eval as evaluation
+import generate
+import prompts
 import quantize
 import vitq
+from tiny import shapes, train
 from vitq import TERNARY, BadInput
 
 HERE = Path(__file__).parent
 IMAGENET = HERE.parent / "shared" / "imagenet"
+SCRIPTS = {"generate.py": generate, "quantize.py": quantize, "eval.py": evaluation}
 ALL_BITS = [TERNARY, 2, 3, 4, 5, 6, 7, 8]
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32,
              patch_size=8, num_labels=10)
@@ -499,12 +503,347 @@ def test_joint_training_beats_block_and_round_to_nearest():
         assert len(losses) == (0 if method == "rtn" else 90)
         if method == "joint":
             assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-        features, quantized_features = quantize.Blocks(teacher), quantize.Blocks(student)
+        features, quantized_features = vitq.Blocks(teacher), vitq.Blocks(student)
         with torch.no_grad():
             logits, quantized_logits = teacher(unseen).logits, student(unseen).logits
         held_out[method] = quantize.joint_loss(features.take(), quantized_features.take(), logits, quantized_logits).item()
         features.remove()
     assert held_out["joint"] < 0.9 * held_out["block"] < 0.9 * held_out["rtn"]
+
+
+# ------------------------------------------------------------------------------------------------ Eq. (12)-(17)
+
+@pytest.fixture(scope="module")
+def sampler():
+    return generate.OneStepSampler(generate.TINY_TURBO, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tiny_classifier():
+    classifier = evaluation.load_classifier("tiny")
+    classifier.model.requires_grad_(False)
+    return classifier
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = generate.load_pipeline(generate.TINY_TURBO, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+CAPTIONS = ["a photo of kite", "a night photo of striped small kite", "a blue sandy photo of tilted boat"]
+LONG = "a " + " ".join(shapes.words() * 2)
+
+
+def test_eq_12_without_pseudo_tokens_is_the_pipelines_own_encoding(sampler, pipeline):
+    texts = [*CAPTIONS, LONG]
+    expected, _ = pipeline.encode_prompt(texts, "cpu", 1, False)
+    with torch.no_grad():
+        got = prompts.encode(sampler.text_encoder, sampler.tokenizer, texts, torch.zeros(len(texts), 0, 64))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_eq_12_with_the_embeddings_of_words_is_the_text_with_these_words(sampler):
+    """Position, splicing and end token all have to be right for this: words stand at the pseudo-tokens' place."""
+    table = sampler.text_encoder.get_input_embeddings().weight
+    words = [["striped", "small"], ["green", "night"]]
+    ids = [[sampler.tokenizer(word, add_special_tokens=False).input_ids[0] for word in pair] for pair in words]
+    expected = prompts.encode(sampler.text_encoder, sampler.tokenizer, [f"a photo of {a} {b} kite" for a, b in words],
+                              torch.zeros(2, 0, 64))
+    got = prompts.encode(sampler.text_encoder, sampler.tokenizer, ["a photo of * kite"] * 2, table[torch.tensor(ids)])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_eq_12_cuts_long_names_and_keeps_the_end_token(sampler):
+    ids, start = prompts.token_ids(sampler.tokenizer, f"a photo of * {LONG}", 4)
+    assert len(ids) == sampler.tokenizer.model_max_length and start == 4
+    assert ids[-1] == sampler.tokenizer.eos_token_id and ids.count(sampler.tokenizer.eos_token_id) == 1
+
+
+def test_eq_13_is_the_pipeline_in_one_step(sampler, pipeline):
+    noise = sampler.noise(len(CAPTIONS), torch.Generator().manual_seed(0))
+    expected = pipeline(CAPTIONS, num_inference_steps=1, guidance_scale=0.0, latents=noise, output_type="pt").images
+    with torch.no_grad():
+        embeddings = prompts.encode(sampler.text_encoder, sampler.tokenizer, CAPTIONS, torch.zeros(3, 0, 64))
+        got = (sampler(embeddings, noise) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.1 and sampler.side == expected.shape[-1] == 32
+
+
+def test_eq_13_to_17_reach_the_pseudo_tokens(sampler, tiny_classifier):
+    """The length of the loss's gradient at the pseudo-tokens against a finite difference in its direction."""
+    noise = sampler.noise(2, torch.Generator().manual_seed(0))
+    start = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)) * 0.1
+
+    def loss_at(pseudo_tokens):
+        embeddings = prompts.encode(sampler.text_encoder, sampler.tokenizer, ["a photo of * kite"] * 2, pseudo_tokens)
+        logits, features = tiny_classifier.features((sampler(embeddings, noise) + 1) / 2)
+        return prompts.class_loss(logits, 3) + prompts.mean_cosine(features) + prompts.mean_cosine(pseudo_tokens)
+
+    point = start.clone().requires_grad_()
+    loss_at(point).backward()
+    direction, step = point.grad / point.grad.norm(), 0.01
+    with torch.no_grad():
+        difference = (loss_at(start + step * direction) - loss_at(start - step * direction)) / (2 * step)
+    assert point.grad.norm().item() == pytest.approx(difference.item(), rel=0.05)
+
+
+def test_eq_14_to_16_against_numpy():
+    random = np.random.default_rng(0)
+    vectors, logits = random.normal(size=(5, 3, 4)), random.normal(size=(5, 7))
+    rows = vectors.reshape(5, -1)
+    cosines = [rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j])
+               for i in range(5) for j in range(i + 1, 5)]
+    assert prompts.mean_cosine(torch.from_numpy(vectors)).item() == pytest.approx(np.mean(cosines))
+    assert prompts.mean_cosine(torch.ones(1, 8)).item() == pytest.approx(0, abs=1e-6)  # one mode has no pairs
+    expected = np.mean([np.log(np.exp(row).sum()) - row[2] for row in logits])
+    assert prompts.class_loss(torch.from_numpy(logits), 2).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_features_of_eq_16(family):
+    """phi against a loop over the blocks' outputs, and the logits against the model itself on the same pixels."""
+    model = random_model(family)
+    side = model.config.image_size
+    classifier = evaluation.Classifier(model, evaluation.Preprocessing(side, side, "bicubic", [0.5] * 3, [0.5] * 3))
+    images = torch.rand(2, 3, side, side)
+    logits, features = classifier.features(images)
+    output = model(2 * images - 1, output_hidden_states=True)
+    torch.testing.assert_close(logits, output.logits, rtol=1e-4, atol=1e-4)
+    outputs = []
+    for block in vitq.blocks(model):
+        block.register_forward_hook(lambda _, inputs, output: outputs.append(
+            output[0] if isinstance(output, tuple) else output))
+    model(2 * images - 1)
+    units = [output.mean(1)[i] / output.mean(1)[i].norm() for i in range(2) for output in outputs]
+    half = len(units) // 2
+    expected = sum(float(a @ b) for a, b in zip(units[:half], units[half:])) / half
+    assert prompts.mean_cosine(features).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_noise_changes_is_left_out_of_eq_16():
+    """phi = a common part + what the prompt says + what the noise does, the last in a plane of its own."""
+    random = np.random.default_rng(0)
+    axes = np.linalg.qr(random.normal(size=(10, 10)))[0]
+    by_noise = torch.from_numpy(5 * axes[0] + random.normal(size=(3, 2)) @ axes[1:3])
+    directions = prompts.noise_directions(by_noise)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(2, dtype=torch.float64))
+    plane = axes[1:3]
+    np.testing.assert_allclose(directions.T @ directions, plane.T @ plane, atol=1e-9)
+    assert prompts.noise_directions(by_noise[:1]).shape == (0, 10)
+
+
+def test_the_start_is_what_the_sum_of_both_losses_would_choose(monkeypatch):
+    monkeypatch.setattr(prompts, "START_WEIGHT", 2.0)
+    random = np.random.default_rng(0)
+    losses, phi = random.random(12), random.normal(size=(12, 4))
+    units, expected = phi / np.linalg.norm(phi, axis=1, keepdims=True), []
+    for _ in range(5):
+        scores = [np.inf if i in expected else losses[i] + max((2 * units[i] @ units[j] for j in expected), default=0)
+                  for i in range(12)]
+        expected.append(int(np.argmin(scores)))
+    assert prompts.choose(torch.from_numpy(losses), torch.from_numpy(phi), 5) == expected
+
+
+def test_the_words_of_the_start(sampler):
+    tokens = sampler.tokenizer.convert_ids_to_tokens(prompts.whole_words(sampler.tokenizer))
+    assert {word for word in shapes.words() if len(word) > 2} <= {token.removesuffix("</w>") for token in tokens}
+    assert all(token.endswith("</w>") and len(token) > 6 for token in tokens)  # the ends of words look like words
+
+
+def test_micro_batches_change_nothing(sampler, tiny_classifier):
+    """Eq. (15) and (16) see all modes although only two go through the generator at a time."""
+    curves, tokens = [], []
+    for micro_batch in (5, 2):
+        losses = []
+        tokens.append(prompts.learn(sampler, tiny_classifier, 0, "kite", 5, 0, 3, micro_batch, losses.append)[1])
+        curves.append(losses)
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+    # Adam turns the rounding of a gradient near zero into a whole step, so a few numbers may differ
+    assert (tokens[0] - tokens[1]).abs().mean() < 1e-4
+
+
+def test_learned_prompts_show_the_class_and_differ(sampler, tiny_classifier):
+    """More different than the bare class prompt, whose pictures differ by their noise alone, and still boats."""
+    random = torch.Generator().manual_seed(0)
+    losses, results = [], {}
+    learned = prompts.learn(sampler, tiny_classifier, 6, "boat", 8, 0, 25, 8, losses.append)
+    for kind, (texts, tokens) in {"learned": learned, "class": (prompts.plain("class", 6, "boat", 8, 0),
+                                                                torch.zeros(8, 0, 64))}.items():
+        with torch.no_grad():
+            embeddings = prompts.encode(sampler.text_encoder, sampler.tokenizer, texts, tokens).repeat(4, 1, 1)
+            logits, features = tiny_classifier.features((sampler(embeddings, sampler.noise(32, random)) + 1) / 2)
+        results[kind] = (logits.argmax(1) == 6).float().mean().item(), prompts.mean_cosine(features).item()
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert results["learned"][0] > 0.6 and results["learned"][1] < results["class"][1] - 0.05, results
+
+
+def test_the_baselines_prompts():
+    texts = prompts.plain("text", 0, "kite", 20, 0)
+    words = [re.fullmatch(r"a (\w+) photo of (\w+) kite", text).groups() for text in texts]
+    assert len(set(texts)) > 15 and all({a, b} <= set(prompts.ADJECTIVES) and a != b for a, b in words)
+    assert texts == prompts.plain("text", 0, "kite", 20, 0) != prompts.plain("text", 1, "kite", 20, 0)
+    assert prompts.plain("class", 0, "kite", 3, 0) == ["a photo of kite"] * 3
+    assert set(prompts.ADJECTIVES) - {"red"} <= set(shapes.words())  # tiny/turbo knows them; red is its default
+
+
+GENERATE = "generate.py --model tiny --class Kite --modes 3 --per-mode 2"
+
+
+def test_generate_writes_and_goes_on_where_it_stopped(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(prompts, "STEPS", 2)
+    status, out, err = command(GENERATE, capsys, monkeypatch)
+    assert status == 0, err
+    assert re.search(r"6 pictures, [\d.]+ % recognised, mean feature cosine -?[\d.]+, \d+ s", out)
+    folder = Path("generated/tiny/0000_kite")
+    names = [f"m{mode:02d}_{number:04d}.png" for mode in range(3) for number in range(2)]
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", *names, "prompts.safetensors"]
+    assert Image.open(folder / names[0]).size == (32, 32) and Image.open(folder / "grid.png").size == (70, 104)
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    for lost in ("m01_0001.png", "grid.png"):
+        (folder / lost).unlink()
+    monkeypatch.setattr(prompts, "learn", lambda *args: ([], torch.zeros(0)))  # they are there: not learned again
+    status, out, err = command(GENERATE, capsys, monkeypatch)
+    assert status == 0 and "1 of 1 classes are missing" in out
+    for path in folder.iterdir():
+        assert path.read_bytes() == before[path.name][0]
+        assert (path.stat().st_mtime_ns == before[path.name][1]) != (path.name in ("m01_0001.png", "grid.png"))
+    status, out, _ = command(GENERATE, capsys, monkeypatch)
+    assert status == 0 and "missing" not in out
+    for other in ("--modes 4", "--seed 1", "--prompts text --out generated/tiny"):
+        refused(f"{GENERATE} {other}", capsys, monkeypatch, "prompts.safetensors", other.split()[1], "--out")
+    for damage in (b"", (folder / "prompts.safetensors").read_bytes()[:100]):
+        (folder / "prompts.safetensors").write_bytes(damage)
+        refused(GENERATE, capsys, monkeypatch, "prompts.safetensors", "damaged")
+
+
+def test_a_picture_does_not_depend_on_what_else_is_painted(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(prompts, "STEPS", 1)
+    command(f"{GENERATE} --out few --prompts class", capsys, monkeypatch)
+    command(f"{GENERATE} --out many --prompts class --per-mode 4", capsys, monkeypatch)
+    few, many = (np.stack([np.asarray(Image.open(f"{out}/0000_kite/m{mode:02d}_0001.png")) for mode in range(3)])
+                 for out in ("few", "many"))
+    assert np.abs(few.astype(int) - many).max() <= 1 and np.abs(few[0].astype(int) - few[1]).max() > 50
+
+
+def test_the_names_of_class_folders():
+    names = ["AC/DC, adapter", "../..", "great white shark"]
+    folders = [generate.class_folder("out", label, names) for label in range(3)]
+    assert [folder.name for folder in folders] == ["0000_AC_DC", "0001_", "0002_great_white_shark"]
+    assert all(folder.parent == Path("out") for folder in folders)
+
+
+def test_a_generator_of_another_kind_is_refused(workplace, capsys, monkeypatch):
+    shutil.copytree(HERE / "tiny" / "turbo", "turbo")
+    file = Path("turbo/scheduler/scheduler_config.json")
+    good = file.read_text()
+    file.write_text(good.replace("epsilon", "v_prediction"))
+    refused(f"{GENERATE} --generator turbo", capsys, monkeypatch, "turbo", "Eq. (13)")
+    file.write_text(good)
+    weights = Path("turbo/unet/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(f"{GENERATE} --generator turbo", capsys, monkeypatch, "turbo", "damaged")
+
+
+# ------------------------------------------------------------------------------------------------ tiny
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """720 drawn pictures of another seed than those of tiny/train.py, and their labels."""
+    folder = tmp_path_factory.mktemp("drawn") / "pictures"
+    shapes.write_folder(folder, 60, 77)
+    classifier = evaluation.load_classifier("tiny")
+    paths, labels = evaluation.labelled_images(folder, classifier.class_names)
+    images = torch.cat([part for _, part in evaluation.decode(paths, classifier.preprocessing.pixels(), None)])
+    return images, torch.tensor(labels)
+
+
+def test_tiny_vit_is_right_and_fragile(drawn, tiny_classifier):
+    """97 % or better, of which round to nearest with ternary weights loses at least 30 points."""
+    images, labels = drawn
+    pixels = tiny_classifier.preprocessing.normalizer("cpu")(images)
+    student = vitq.quantize_modules(copy.deepcopy(tiny_classifier.model), "w158a8")
+    torch.manual_seed(0)
+    vitq.initialize(student, pixels[torch.randperm(len(pixels))[:32]])
+    with torch.no_grad():
+        accuracy = [100 * (model(pixels).logits.argmax(1) == labels).float().mean().item()
+                    for model in (tiny_classifier.model, student)]
+    assert accuracy[0] >= 97 and accuracy[1] <= accuracy[0] - 30
+
+
+def test_tiny_turbo_paints_what_the_caption_says(sampler, tiny_classifier):
+    """Full captions: recognised, and as various as drawn. The bare class prompt: recognised, and visibly alike."""
+    random, numpy_random = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    spread = {}
+    for kind in ("full", "class"):
+        hits, spreads = [], []
+        for label in range(12):
+            texts = [shapes.caption(label, shapes.random_attributes(numpy_random), numpy_random) if kind == "full"
+                     else f"a photo of {shapes.CLASSES[label]}" for _ in range(30)]
+            with torch.no_grad():
+                embeddings = prompts.encode(sampler.text_encoder, sampler.tokenizer, texts, torch.zeros(30, 0, 64))
+                pictures = sampler(embeddings, sampler.noise(30, random))
+                hits.append(tiny_classifier.features((pictures + 1) / 2)[0].argmax(1) == label)
+            spreads.append(pictures.std(0).mean().item())
+        assert torch.cat(hits).float().mean() >= 0.9, kind
+        spread[kind] = np.mean(spreads)
+    assert spread["class"] < 0.6 * spread["full"]
+
+
+def test_tiny_is_small():
+    files = [path for folder in ("vit", "turbo") for path in (HERE / "tiny" / folder).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert all(path.suffix in (".safetensors", ".json", ".txt") for path in files)
+
+
+def test_shapes_are_drawn_alike_and_refused(tmp_path, capsys, monkeypatch):
+    shapes.write_folder(tmp_path / "a", 2, 5)
+    shapes.write_folder(tmp_path / "b", 1, 5)
+    assert (tmp_path / "a/0000_kite/00000.png").read_bytes() == (tmp_path / "b/0000_kite/00000.png").read_bytes()
+    assert len(evaluation.labelled_images(tmp_path / "a", shapes.CLASSES)[0]) == 24
+    monkeypatch.chdir(tmp_path)
+    for arguments, fragment in ((["a"], "not an empty folder"), (["c", "--per-class", "0"], "at least 1")):
+        monkeypatch.setattr(sys, "argv", ["shapes.py", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            shapes.main()
+        assert exit.value.code == 2 and fragment in capsys.readouterr().err
+
+
+def test_tinys_training_makes_what_the_other_scripts_read(tmp_path, monkeypatch):
+    """A few steps of it from nothing: what it learns in ten thousand is tested above, on what it wrote."""
+    for name, value in dict(PICTURES=64, VIT_STEPS=2, VAE_STEPS=2, GENERATOR_STEPS=2, BATCH=4, REPORTED=48).items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "tiny"), "--device", "cpu"])
+    train.main()
+    assert evaluation.load_classifier(str(tmp_path / "tiny" / "vit")).class_names == shapes.CLASSES
+    made = generate.OneStepSampler(str(tmp_path / "tiny" / "turbo"), torch.device("cpu"))
+    embeddings = prompts.encode(made.text_encoder, made.tokenizer, CAPTIONS, torch.zeros(3, 0, 64))
+    assert made(embeddings, made.noise(3, torch.Generator())).shape == (3, 3, 32, 32)
+
+
+def test_the_noise_of_tinys_training_is_standard_normal_and_tells_the_nuisances():
+    nuisances = torch.rand(2000, shapes.NUISANCES)
+    noise = train.noise_for(nuisances)
+    read = torch.special.ndtr(noise.flatten(1) @ train.patterns("cpu").T)
+    torch.testing.assert_close(read, nuisances.clamp(1e-4, 1 - 1e-4), rtol=0, atol=1e-3)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_quantize_paints_what_it_needs(workplace, capsys, monkeypatch):
+    """The README's first command: no images are given, so they are painted, quantized with, evaluated on drawn ones."""
+    monkeypatch.setattr(prompts, "STEPS", 1)
+    monkeypatch.setattr(prompts, "CANDIDATES", 1)
+    monkeypatch.setattr(quantize, "PICTURES", 1)
+    shapes.write_folder("drawn", 2, 3)
+    monkeypatch.setattr(shapes, "test_folder", lambda: "drawn")
+    status, out, err = command("quantize.py --model tiny --bits w158a8 --steps 2 --batch 4", capsys, monkeypatch)
+    assert status == 0, err
+    assert "12 of 12 classes are missing" in out and "minutes" in out and "recognised" in out and "w158a8 joint" in out
+    metrics = json.loads(Path("quantized/tiny-w158a8/metrics.json").read_text())
+    assert metrics["images"] == ["generated/tiny"] and metrics["num_images"] == 240  # the grids are not among them
+    status, out, _ = command("quantize.py --model tiny --bits w4a4 --method rtn", capsys, monkeypatch)
+    assert status == 0 and "missing" not in out
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -532,7 +871,7 @@ def command(line, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     status = 0
     try:
-        evaluation.run({"quantize.py": quantize, "eval.py": evaluation}[script].main)
+        evaluation.run(SCRIPTS[script].main)
     except SystemExit as exit:
         status = exit.code
     output = capsys.readouterr()
@@ -542,35 +881,45 @@ def command(line, capsys, monkeypatch):
 def readme_commands():
     text = (HERE / "README.md").read_text()
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-    return [line.partition("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
 
 
 def test_every_command_of_the_readme_runs(workplace, capsys, monkeypatch):
-    """As printed, but for two steps of four images instead of thousands, and a small model under the models' names."""
-    commands = readme_commands()
-    known = {"pip install -r requirements.txt", "python -m pytest -q"}
-    scripts = [line.removeprefix("python ") for line in commands if line not in known]
-    assert {line.split()[0] for line in scripts} == {"quantize.py", "eval.py"}
+    """As printed and in its order, but for two steps instead of hundreds, and tiny's models under the hub's names."""
+    known = {"pip install -r requirements.txt", "python -m pytest -q", "python tiny/train.py"}
+    scripts = [line.removeprefix("python ") for line in readme_commands() if line not in known]
+    assert {line.split()[0] for line in scripts} == {*SCRIPTS, "tiny/shapes.py"}
+    for name in evaluation.MODELS:
+        monkeypatch.setitem(evaluation.MODELS, name, str(HERE / "tiny" / "vit"))
+    monkeypatch.setattr(generate, "SD_TURBO", generate.TINY_TURBO)
+    monkeypatch.setattr(prompts, "STEPS", 2)
+    monkeypatch.setattr(prompts, "CANDIDATES", 1)
+    monkeypatch.setattr(quantize, "PICTURES", 1)
+    monkeypatch.setattr(shapes, "test_folder", lambda: "imagenet/val")
     for line in scripts:
         script, *arguments = line.split()
-        parsed = {"quantize.py": quantize, "eval.py": evaluation}[script].parser().parse_args(arguments)
+        if script == "tiny/shapes.py":
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            shapes.main()
+            continue
+        parsed = SCRIPTS[script].parser().parse_args(arguments)
         quick = " --steps 2 --batch 4" if script == "quantize.py" else ""
-        if parsed.model in evaluation.MODELS:
-            monkeypatch.setitem(evaluation.MODELS, parsed.model, str(workplace / "hub"))
         status, out, err = command(line + quick, capsys, monkeypatch)
         assert status == 0, (line, err)
-        assert not parsed.data or "agreement" in out
+        assert script == "generate.py" or not parsed.data or "agreement" in out
+    assert (HERE / "tiny" / "kite.png").is_file()  # which the README shows
 
 
 def test_the_documentation_names_only_what_exists():
     """No README line and no docstring with a flag that the scripts do not have."""
-    for name, module in (("quantize.py", quantize), ("eval.py", evaluation)):
+    for name, module in SCRIPTS.items():
         flags = set(re.findall(r"--[a-z-]+", module.parser().format_help()))
         lines = [line.partition("#")[0] for line in ((HERE / "README.md").read_text() + module.__doc__).splitlines()
                  if f"python {name}" in line]
         assert lines
         for line in lines:
-            assert set(re.findall(r"--[a-z-]+", line)) <= flags, line
+            assert set(re.findall(r"--[a-z-]+", line[line.index(name):])) <= flags, line
 
 
 def test_quantize_writes_everything_and_is_repeatable(workplace, capsys, monkeypatch):
@@ -629,20 +978,28 @@ def test_agreement_and_accuracy_against_a_loop(workplace):
 
 
 def test_images_are_found_in_any_tree(tmp_path):
-    for place in ("b.JPG", "a/x.png", "a/deep/er/y.jpeg", "a/notes.txt", "z.webp"):
+    for place in ("b.JPG", "a/x.png", "a/deep/er/y.jpeg", "a/notes.txt", "a/grid.png", "z.webp"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).touch()
     found = [str(path.relative_to(tmp_path)) for path in evaluation.list_images(tmp_path)]
     assert found == ["a/deep/er/y.jpeg", "a/x.png", "b.JPG", "z.webp"]
 
 
-def test_class_folders():
+def test_class_folders(tmp_path):
     names = ["kite, soaring bird", "crane", "great white shark", "crane"]
-    for folder, index in (("0002_anything", 2), ("1", 1), ("Kite", 0), ("soaring_bird", 0), ("great_white_shark", 2),
-                          ("GREAT white shark", 2), ("9_kite", None), ("n01440764", None), ("kit", None)):
-        assert evaluation.class_of(folder, names) == index, folder
+    for folder, indices in (("0002_anything", [2]), ("1", [1]), ("Kite", [0]), ("soaring_bird", [0]), ("crane", [1, 3]),
+                            ("great_white_shark", [2]), ("GREAT white  shark", [2]), ("9_kite", []), ("n01440764", []),
+                            ("kit", [])):
+        assert evaluation.classes_named(folder, names) == indices, folder
+    assert evaluation.find_class("Soaring Bird", names) == 0
+    with pytest.raises(BadInput, match="give the index, 1 or 3"):
+        evaluation.find_class("crane", names)
+    with pytest.raises(BadInput, match="none of the model's 4 classes.*for example kite"):
+        evaluation.find_class("kit", names)
+    (tmp_path / "crane").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "crane" / "0.jpg")
     with pytest.raises(BadInput, match="1_crane or 3_crane"):
-        evaluation.class_of("crane", names)
+        evaluation.labelled_images(tmp_path, names)
 
 
 def test_wnid_folders_stand_at_their_rank(tmp_path):
@@ -692,6 +1049,18 @@ QUANTIZE = "quantize.py --model vit_t --images photos"
     ("quantize.py --model vit_t --bits w4a4 --images empty", ["empty", "no images"]),
     ("quantize.py --model vit_t --bits w4a4 --images broken", ["none of 1", "0.jpg"]),
     (f"{QUANTIZE} --bits w4a4 --data wrong", ["'kitten'", "kite"]),
+    ("quantize.py --model nobody/nothing --bits w4a4", ["nobody/nothing", "--model tiny"]),
+    ("generate.py --model tiny --class kit", ["'kit'", "12 classes", "kite"]),
+    ("generate.py --model tiny --class 12", ["'12'", "below 12"]),
+    ("generate.py --model vit_t --class crane", ["'crane'", "1 or 8"]),
+    ("generate.py --model tiny", ["--class"]),
+    ("generate.py --model tiny --class kite --modes 0", ["--modes 0"]),
+    ("generate.py --model tiny --class kite --per-mode -1", ["--per-mode -1"]),
+    ("generate.py --model tiny --class kite --prompts best", ["best", "learned"]),
+    ("generate.py --model tiny --class kite --generator photos", ["photos", "model_index.json"]),
+    ("generate.py --model tiny --class kite --generator nobody/turbo", ["nobody/turbo", "--model tiny"]),
+    ("generate.py --model tiny --class kite --out photos/0.jpg/x", ["photos/0.jpg", "another folder"]),
+    ("generate.py --model deit_x --class kite", ["'deit_x'", "did you mean"]),
     ("eval.py --model deit_x --data imagenet/val", ["'deit_x'", "did you mean"]),
     ("eval.py --model quantized/vit_t-w4a4 --data imagenet/val", ["quantized/vit_t-w4a4", "quantize.py writes it"]),
     ("eval.py --model vit_t", ["--data"]),
