@@ -10,6 +10,7 @@ the full-precision model gives, so it needs no labels and has less noise than a 
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 import time
@@ -83,9 +84,9 @@ class Preprocessing:
         return cls(resize, crop, interpolation, list(processor.image_mean), list(processor.image_std))
 
     def pixels(self, margin=0):
-        """A transform from a PIL image to uint8 (3, crop + margin, crop + margin), scaled up to keep the margin."""
-        scale = (self.crop + margin) / self.crop
-        resize = [round(side * scale) for side in (self.resize if isinstance(self.resize, list) else [self.resize])]
+        """A transform from a PIL image to uint8 (3, crop + margin, crop + margin); with a margin, of all its short side."""
+        square = isinstance(self.resize, list)  # the checkpoint ignores the aspect ratio
+        resize = [self.crop + margin] * (1 + square) if margin else self.resize if square else [self.resize]
         return v2.Compose([v2.Resize(resize, InterpolationMode(self.interpolation)),
                            v2.CenterCrop(self.crop + margin), v2.PILToTensor()])
 
@@ -423,7 +424,8 @@ class Parser(argparse.ArgumentParser):
 def torch_device(name):
     """Raises BadInput for a device that is not there."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # torchrun gives each of a machine's processes a number, and with it a GPU
+        device = torch.device(name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:

@@ -4,6 +4,7 @@
     python quantize.py --model deit_s --bits w158a8 --images photos
     python quantize.py --model vit_t --bits w4a4 --images photos --method rtn      # baseline: round to nearest
     python quantize.py --model vit_t --bits w4a4 --images photos --method block    # baseline: block by block
+    torchrun --nproc_per_node=4 quantize.py --model deit_s --bits w4a4 --images photos     # on four GPUs
 
 The images need no labels. The result is the folder quantized/<model>-<bits> (baselines: -<bits>-<method>), which
 `eval.py --model` takes.
@@ -17,10 +18,14 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
@@ -34,27 +39,36 @@ from vitq import BadInput
 INITIALIZATION_IMAGES = 32
 # Adam moves a parameter by about its learning rate a step, whatever its gradient: weights of a ViT are about 0.05
 # large, scales and r are logarithms, zero points are counted in quantization steps.
-WEIGHT_LR = 2e-4
-QUANTIZER_LR = 1e-3
+WEIGHT_LR = 3e-4
+QUANTIZER_LR = 2e-3
+WARMUP = 0.02  # of the steps: the learning rates rise, since at first Adam knows no gradient's size
 FEATURE_WEIGHT, LOGIT_WEIGHT = 1.0, 1.0  # a_f and a_z of Eq. (11)
 MARGIN = 1 / 7  # by which calibration images exceed the network's input, for the random crops: 32 pixels of 224
-STEPS = {"tiny": 600}  # model -> steps; for all others 3,000
+SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # of random crops: the side, as a fraction of the picture's, and the largest distortion
+STEPS, BATCH = 5200, 64
+TINY_STEPS, TINY_BATCH = 600, 32  # for --model tiny, whose pictures are learned in less
 PICTURES = 960  # that are painted where no images are given: at least so many, and at least one a prompt
 READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU wait
 # A step is thousands of small kernels, most of them Eq. (1) and its gradient. Compiling the blocks fuses them; it takes
-# some 20 s, which short runs do not earn back. On a GPU, launching the kernels would still take longer than they do,
-# so after a few ordinary steps one step is recorded as a CUDA graph and replayed as a whole.
+# some 20 s (Swin, whose blocks differ in shape: some minutes), which short runs do not earn back. On a GPU, launching the
+# kernels would still take longer than they do, so one step is recorded as a CUDA graph and replayed as a whole.
 COMPILE_FROM = 100  # steps
+COMPILATIONS = 64  # of one function, for other shapes; torch gives up at 8
 # what torch.compile needs on a CPU; where it is missing, steps are not compiled
 CPU_COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-RECORD_AT = 4  # the step that is recorded; the allocator and the libraries have settled by then
+RECORD_AT = 12  # the step that is recorded: the allocator has settled by then; with several processes it takes 11
 
 
 # -------------------- The loss: Eq. (9)-(11)
 
 def feature_loss(features, quantized_features):
-    """Eq. (9). Two lists of h_l, (B, tokens, channels) each; relative, since the norm of h_l grows with depth."""
-    return torch.stack([(h - h_q).square().sum() / h.square().sum()
+    """Eq. (9), the mean over tokens and images. Two lists of h_l, (B, tokens, channels) each.
+
+    The error is relative to each token, since the norm of h_l grows with depth and since a few tokens of a ViT carry
+    massive activations: in ViT-Ti, 2 % of the tokens hold 97 % of || h_l ||^2 from block 8 on. With one norm for all tokens,
+    the other 98 % would hardly be trained.
+    """
+    return torch.stack([((h - h_q).square().sum(-1) / h.square().sum(-1)).mean()
                         for h, h_q in zip(features, quantized_features)]).mean()
 
 
@@ -71,19 +85,28 @@ def joint_loss(features, quantized_features, logits, quantized_logits):
 
 # -------------------- The loop
 
-def random_crops(images, size, batch):
-    """A batch of randomly cropped and mirrored images: uint8 (N, 3, S, S) -> uint8 (batch, 3, size, size).
+def random_views(images, draws, size):
+    """Random crops, stretched to the network's input and mirrored at random; in half of them a second one shows through.
 
-    A few hundred photographs are soon known by heart by millions of weights; crops of them are not.
+    images: uint8 (N, 3, S, S). draws: uniform in [0, 1), (7, 2, B). Returns float (B, 3, size, size) in [0, 255].
+    A few thousand photographs are soon known by heart by millions of weights. Their views are not, and what the teacher
+    says of half a dog or of a mixture is as good a target as any other (Beyer 2022).
     """
-    device = images.device
-    index = torch.randint(len(images), (batch, 1, 1), device=device)
-    top, left = torch.randint(images.shape[-1] - size + 1, (2, batch, 1, 1), device=device)
-    mirrored = torch.rand(batch, 1, 1, device=device) < 0.5
-    offsets = torch.arange(size, device=device)
-    rows = top + offsets.view(1, size, 1)  # (batch, size, 1)
-    columns = left + torch.where(mirrored, size - 1 - offsets, offsets)  # (batch, 1, size)
-    return images[index, :, rows, columns].permute(0, 3, 1, 2)  # (batch, size, size, 3) before the permutation
+    index = (draws[0] * len(images)).long()  # (2, B): a view and what shows through it
+    side = SMALLEST_CROP + (1 - SMALLEST_CROP) * draws[1]  # of the picture's side
+    stretch = ASPECT ** (draws[2] - 0.5)
+    width, height = (side * stretch).clamp_max(1), (side / stretch).clamp_max(1)
+    mirrored_width = torch.where(draws[3] < 0.5, -width, width)
+    # grid_sample's coordinates run from -1 to 1 over the picture
+    centre_x, centre_y = (1 - width) * (2 * draws[4] - 1), (1 - height) * (2 * draws[5] - 1)
+    pixels = (2 * torch.arange(size, device=images.device) + 1) / size - 1  # their centres
+    x = (centre_x[..., None] + mirrored_width[..., None] * pixels).flatten(0, 1)  # (2 B, size)
+    y = (centre_y[..., None] + height[..., None] * pixels).flatten(0, 1)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)  # (2 B, size, size, 2)
+    views = F.grid_sample(images[index.flatten()].float(), grid, padding_mode="border", align_corners=False)
+    first, second = views.unflatten(0, (2, -1))
+    share = (0.5 - draws[6, 0]).clamp_min(0).view(-1, 1, 1, 1)
+    return first + share * (second - first)
 
 
 def trained_parameters(model):
@@ -118,7 +141,7 @@ def stages(model, method):
 
 
 def optimizer_of(parameters, steps, device):
-    """Adam over `parameters` (name -> parameter), which from now on require gradients, and its cosine decay to zero."""
+    """Adam over `parameters` (name -> parameter), which from now on require gradients, and its warm-up and cosine decay."""
     groups = {WEIGHT_LR: [], QUANTIZER_LR: []}
     for name, parameter in parameters.items():
         parameter.requires_grad_(True)
@@ -126,7 +149,31 @@ def optimizer_of(parameters, steps, device):
     # the learning rate is a tensor, so that a step recorded on a GPU reads its present value
     optimizer = torch.optim.Adam([{"params": group, "lr": torch.tensor(lr, device=device)}
                                   for lr, group in groups.items()], fused=True, capturable=device.type == "cuda")
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(
+        1, (done + 1) / (WARMUP * steps)) * (0.5 + 0.5 * math.cos(math.pi * done / steps)))
+
+
+class Distillation(torch.nn.Module):
+    """The loss of one batch: normalized pixels (B, 3, H, W) -> a scalar. A module, so that DistributedDataParallel can
+    wrap it."""
+
+    def __init__(self, student, teacher, loss_function):
+        super().__init__()
+        self.student, self.teacher, self.loss_function = student, teacher, loss_function
+        self.blocks, self.quantized_blocks = vitq.Blocks(teacher), vitq.Blocks(student)
+
+    def forward(self, pixels):
+        # on a GPU, matrix products in bfloat16; quantizers, LayerNorms and the residual stream stay in float32
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+            with torch.no_grad():
+                logits = self.teacher(pixels).logits
+            quantized_logits = self.student(pixels).logits
+        return self.loss_function(self.blocks.take(), self.quantized_blocks.take(), logits.float(),
+                                  quantized_logits.float())
+
+    def remove(self):
+        self.blocks.remove()
+        self.quantized_blocks.remove()
 
 
 def train(student, teacher, method, images, preprocessing, steps, batch, progress):
@@ -137,59 +184,72 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
     """
     device = images.device
     on_gpu = device.type == "cuda"
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     normalize = preprocessing.normalizer(device)
-    blocks, quantized_blocks = vitq.Blocks(teacher), vitq.Blocks(student)
-    compiled = vitq.blocks(student) if steps >= COMPILE_FROM and (on_gpu or shutil.which(CPU_COMPILER)) else []
-    for block in compiled:
-        block.forward = torch.compile(block.forward)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs: its 10 bits of mantissa hold every level of 8 bits
+    if steps >= COMPILE_FROM and (on_gpu or shutil.which(CPU_COMPILER)):
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+        # combo_kernels: independent small kernels, of which quantizing the weights takes hundreds, are launched as one
+        compiled = partial(torch.compile, dynamic=False, options={"combo_kernels": on_gpu})
+    else:
+        def compiled(function):
+            return function
+    modules = [*vitq.blocks(student), *vitq.blocks(teacher),
+               *(module for _, module in vitq.modules_of(student, vitq.QuantConv2d))]
+    for module in modules:
+        module.forward = compiled(module.forward)
+    views = compiled(random_views)
     student.requires_grad_(False)
     losses = []
     all_stages = stages(student, method)
-    for stage, (parameters, loss_function) in enumerate(all_stages):
-        stage_steps = steps * (stage + 1) // len(all_stages) - steps * stage // len(all_stages)
+
+    def run_stage(parameters, loss_function, stage_steps):
         optimizer, schedule = optimizer_of(parameters, stage_steps, device)
+        distillation = Distillation(student, teacher, loss_function)
+        parallel = DistributedDataParallel(distillation) if processes > 1 else distillation
         latest, unread = torch.zeros((), device=device), []
 
         def step():
-            pixels = normalize(random_crops(images, preprocessing.crop, batch))
-            with torch.no_grad():
-                logits = teacher(pixels).logits
-            quantized_logits = student(pixels).logits
-            loss = loss_function(blocks.take(), quantized_blocks.take(), logits, quantized_logits)
+            # every process draws the same numbers and takes its own share of them
+            draws = torch.rand(7, 2, processes * batch, device=device)[..., rank * batch:(rank + 1) * batch]
+            loss = parallel(normalize(views(images, draws, preprocessing.crop)))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             latest.copy_(loss.detach())
 
-        # recording needs a stream of its own, which must not run ahead of what the default stream still computes
-        if on_gpu:
-            torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream() if on_gpu else None):
-            for done in range(1, stage_steps + 1):
-                if on_gpu and done == RECORD_AT:
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):  # records the step's kernels without running them
-                        step()
-                    step = graph.replay
-                step()
-                schedule.step()
-                unread.append(latest.clone())
-                if len(unread) == READ_EVERY or done == stage_steps:
-                    losses += torch.stack(unread).tolist()
-                    progress.update(len(unread))
-                    progress.set_postfix(loss=f"{losses[-1]:.4f}")
-                    unread = []
-                    if not all(map(math.isfinite, losses[-READ_EVERY:])):
-                        first = next(i for i, value in enumerate(losses) if not math.isfinite(value))
-                        raise BadInput(f"the loss is not finite at step {first + 1} of {steps}; nothing was written. "
-                                       "Try other images or more bits")
+        for done in range(1, stage_steps + 1):
+            if on_gpu and done == RECORD_AT:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # records the step's kernels without running them
+                    step()
+                step = graph.replay
+            step()
+            schedule.step()
+            unread.append(latest.clone())
+            if len(unread) == READ_EVERY or done == stage_steps:
+                unread = torch.stack(unread)
+                if processes > 1:
+                    dist.all_reduce(unread)
+                losses.extend((unread / processes).tolist())
+                progress.update(len(unread))
+                progress.set_postfix(loss=f"{losses[-1]:.4f}")
+                unread = []
+                if not all(map(math.isfinite, losses[-READ_EVERY:])):
+                    first = next(i for i, value in enumerate(losses) if not math.isfinite(value))
+                    raise BadInput(f"the loss is not finite at step {first + 1} of {steps}; nothing was written. "
+                                   "Try other images or more bits")
         student.requires_grad_(False)
-    torch.set_float32_matmul_precision("highest")
-    for block in compiled:
-        del block.forward
-    blocks.remove()
-    quantized_blocks.remove()
+        distillation.remove()
+
+    # recording needs a stream of its own, which must not run ahead of what the default stream still computes
+    if on_gpu:
+        torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream() if on_gpu else None):
+        for stage, (parameters, loss_function) in enumerate(all_stages):
+            run_stage(parameters, compiled(loss_function) if method == "joint" else loss_function,
+                      steps * (stage + 1) // len(all_stages) - steps * stage // len(all_stages))
+    for module in modules:
+        del module.forward
     return losses
 
 
@@ -208,9 +268,9 @@ def parser():
                         "one of the baselines (default: %(default)s)")
     parser.add_argument("--edge-bits", choices=["8", "same"], default="8", help="bits of the patch embedding and the "
                         "head (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 3000; for tiny "
-                        f"{STEPS['tiny']})")
-    parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS}; for tiny {TINY_STEPS})")
+    parser.add_argument("--batch", type=int, help=f"images a step, in each process (default: {BATCH}; for tiny "
+                        f"{TINY_BATCH})")
     parser.add_argument("--seed", type=int, default=0, help="of the crops and of the images that set the first "
                         "scales (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="the folder to write (default: quantized/<model>-<bits>, "
@@ -218,8 +278,19 @@ def parser():
     return parser
 
 
+def join_processes(device):
+    """This process's rank and their number: 0 and 1, but under torchrun, where it joins the others."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # a day: the others wait while one of them paints
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return dist.get_rank(), dist.get_world_size()
+
+
 def paint_missing(model, classifier, device):
-    """The folder generated/<model>, with learned prompts, after painting what it lacks of the model's classes."""
+    """Paint, from learned prompts, what the folder generated/<model> lacks of the model's classes."""
     classes = len(classifier.class_names)
     settings = generate.settings_of(model)
     folder = generate.default_folder(settings)
@@ -228,7 +299,6 @@ def paint_missing(model, classifier, device):
     seconds = generate.fill(folder, classifier, range(classes), device, per_mode, settings)
     if seconds:
         print(f"{generate.summary(folder, classifier, range(classes), device)}, {seconds:.0f} s", flush=True)
-    return folder
 
 
 def peak_memory_mb(device):
@@ -241,52 +311,65 @@ def peak_memory_mb(device):
 def main():
     args = parser().parse_args()
     vitq.parse_bits(args.bits)
-    args.steps = STEPS.get(args.model, 3000) if args.steps is None else args.steps
-    for name in ("steps", "batch"):
+    for name, default in zip(("steps", "batch"), (TINY_STEPS, TINY_BATCH) if args.model == "tiny" else (STEPS, BATCH)):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: must be 1 or more")
     edge_bits = args.edge_bits if args.edge_bits == "same" else int(args.edge_bits)
     device = torch_device(args.device)
+    rank, processes = join_processes(device)
     suffix = "" if args.method == "joint" else f"-{args.method}"
     out = Path(args.out or f"quantized/{Path(args.model).resolve().name}-{args.bits}{suffix}")
     vitq.check_output(out)
     paths = [path for folder in args.images or [] for path in list_images(folder)]
     classifier = load_classifier(args.model)
     preprocessing = classifier.preprocessing
-    if args.model == "tiny" and not args.data:
+    if args.model == "tiny" and not args.data and rank == 0:
         args.data = shapes.test_folder()
     data = labelled_images(args.data, classifier.class_names) if args.data else None
     if not args.images:
-        args.images = [str(paint_missing(args.model, classifier, device))]
+        if rank == 0:
+            paint_missing(args.model, classifier, device)
+        if processes > 1:
+            dist.barrier()
+        args.images = [str(generate.default_folder(generate.settings_of(args.model)))]
         paths = list_images(args.images[0])
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same in all processes
     margin = 2 * round(MARGIN * preprocessing.crop / 2)
     images = torch.cat([pixels for _, pixels in decode(paths, preprocessing.pixels(margin), "reading images")])
     images = images.to(device)
-    teacher = classifier.model.to(device)
+    teacher = classifier.model.to(device).requires_grad_(False)
     start = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(classifier.model).cpu(), args.bits, edge_bits).to(device)
     first = images[torch.randperm(len(images))[:INITIALIZATION_IMAGES].to(device)]
     vitq.initialize(student, preprocessing.normalizer(device)(VF.center_crop(first, [preprocessing.crop])))
     steps = 0 if args.method == "rtn" else args.steps
-    with tqdm(total=steps, desc=f"{args.method} {args.bits}", unit="step", disable=None if steps else True) as progress:
+    with tqdm(total=steps, desc=f"{args.method} {args.bits}", unit="step",
+              disable=None if steps and rank == 0 else True) as progress:
         losses = train(student, teacher, args.method, images, preprocessing, steps, args.batch, progress)
+    if processes > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return  # all of them hold the same student
     vitq.fold(student)
     seconds = time.perf_counter() - start
 
     metrics = {"model": args.model, "bits": args.bits, "edge_bits": edge_bits, "method": args.method,
                "images": args.images, "num_images": len(images), "steps": steps, "batch": args.batch,
-               "seed": args.seed, "seconds": seconds, "images_per_second": steps * args.batch / seconds if steps else None,
+               "processes": processes, "seed": args.seed, "seconds": seconds,
+               "images_per_second": steps * args.batch * processes / seconds if steps else None,
                "peak_memory_mb": peak_memory_mb(device), "fp_mb": full_precision_mb(teacher),
                "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None}
+
     def save():
         return vitq.save_quantized(student, out, args.bits, edge_bits,
                                    {"source": args.model, "preprocessing": asdict(preprocessing)}, metrics)
 
     size = save()  # already now: the evaluation may be interrupted, and the training must not be lost with it
     print(f"{out}: {metrics['fp_mb']:.2f} MB in float32, {size / 1e6:.2f} MB packed; "
-          f"{len(images)} images, {steps} steps of batch {args.batch}, seed {args.seed}, {seconds:.0f} s")
+          f"{len(images)} images, {steps} steps of batch {args.batch * processes}, seed {args.seed}, {seconds:.0f} s")
     if data:
         row = f"{args.bits} {args.method}"
         results = evaluate({FULL_PRECISION: teacher, row: student}, preprocessing, *data, device)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_eq_6_finds_the_least_error():
     torch.manual_seed(0)
     x = F.gelu(torch.randn(1, 4000) * 2)
     x[0, :3] = 60.0
-    error = (vitq.fake_quantize(x, *vitq.activation_scale(x, 4), 4) - x).square().mean()
+    error = (vitq.fake_quantize(x, *vitq.activation_scale(x, torch.ones_like(x), 4), 4) - x).square().mean()
     exhaustive = min(
         (torch.fake_quantize_per_tensor_affine(x, (high - low) / 15, min(15, max(0, round(-low / ((high - low) / 15)))),
                                                0, 15) - x).square().mean()
@@ -182,6 +183,25 @@ def test_eq_6_finds_the_least_error():
             best = min((vitq.fake_quantize_weight(row, s * f, bits) - row).square().sum() for f in np.linspace(0.5, 2, 300))
             error = (vitq.fake_quantize_weight(row, s, bits) - row).square().sum()
             assert error <= (1.05 if bits <= 4 else 1.2) * best
+
+
+def test_eq_6_clips_the_few_massive_tokens():
+    """Errors relative to the token: of all ranges, a loop over them finds none that is better by that measure."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 50, 16)
+    x[:, 0, 3] = 200.0  # one token in fifty, in one channel
+    quantizer = vitq.ActivationQuantizer(4)
+    quantizer.initialize(x)
+
+    def error(x_q):
+        return ((x_q - x).square().sum(-1) / x.square().sum(-1)).mean()
+
+    with torch.no_grad():
+        found, largest = error(quantizer(x)), quantizer(x).max()
+    best = min(error(torch.fake_quantize_per_tensor_affine(x, (high - low) / 15, round(-15 * low / (high - low)), 0, 15))
+               for high in np.geomspace(0.5, 200, 60) for low in np.linspace(-4, -0.5, 20))
+    assert found <= 1.05 * best
+    assert largest < 6  # where the plain squared error would keep the 200
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
@@ -208,30 +228,37 @@ def test_eq_7_gives_both_factors_the_same_range(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_stays_in_floating_point(family):
-    """Every matrix product of a forward has two operands of few levels: no layer was left out, attention neither."""
+    """Every matrix product of a forward has two operands of few levels: no layer was left out, attention neither.
+
+    The one exception are the patches, which are 8-bit, as the image is.
+    """
     _, student, pixels = quantized(family, "w3a4", edge_bits="same")
     vitq.fold(student)
     levels = []
+    products = (F.linear, F.bilinear, F.conv1d, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm,
+                torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot, torch.Tensor.matmul, torch.Tensor.__matmul__,
+                torch.Tensor.mm, torch.Tensor.bmm)
 
     class Products(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function in (F.linear, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            if function in products:
                 x, w = args[0].detach(), args[1].detach()
-                is_layer = function in (F.linear, F.conv2d)
+                is_layer = function is F.linear
                 # a weight row has one scale; so has a head, and q, k, v and the probabilities are (B, heads, T, ..)
-                rows = w.flatten(1) if is_layer else w.transpose(0, 1).flatten(1)
+                rows = w if is_layer else w.transpose(0, 1).flatten(1)
                 inputs = x.flatten()[None] if is_layer else x.transpose(0, 1).flatten(1)
-                levels.append((function.__name__, max(len(row.unique()) for row in inputs),
-                               max(len(row.unique()) for row in rows)))
+                name = "patches" if is_layer and x.dim() == 4 else function.__name__
+                levels.append((name, max(len(row.unique()) for row in inputs), max(len(row.unique()) for row in rows)))
             return function(*args, **(kwargs or {}))
 
     with Products():
         student(pixels[:2])
     blocks = len(vitq.blocks(student))
     assert sum("matmul" in name for name, _, _ in levels) == 2 * blocks
-    assert sum(name in ("linear", "conv2d") for name, _, _ in levels) == len(vitq.modules_of(student, vitq.QuantWeight))
+    assert [name for name, _, _ in levels].count("patches") == 1
+    assert len(levels) == 2 * blocks + len(vitq.modules_of(student, vitq.QuantWeight))
     for name, inputs, weights in levels:
-        assert inputs <= (256 if name == "conv2d" else 16), name
+        assert inputs <= (256 if name == "patches" else 16), name
         assert weights <= (16 if "matmul" in name else 8), name
     assert not [name for name, module in student.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
 
@@ -429,7 +456,8 @@ def test_the_losses_against_numpy():
     rng = np.random.default_rng(0)
     h, h_q = rng.normal(size=(2, 3, 4, 5, 6))  # three blocks
     z, z_q = rng.normal(size=(2, 4, 7))
-    expected_features = np.mean([((a - b) ** 2).sum() / (a ** 2).sum() for a, b in zip(h, h_q)])
+    expected_features = np.mean([((a - b) ** 2).sum() / (a ** 2).sum()
+                                 for a, b in zip(h.reshape(-1, 6), h_q.reshape(-1, 6))])  # over blocks, images and tokens
     p, p_q = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) for logits in (z, z_q))
     expected_logits = (p * np.log(p / p_q)).sum(1).mean()
     tensors = [list(map(torch.from_numpy, h)), list(map(torch.from_numpy, h_q)), torch.from_numpy(z),
@@ -440,17 +468,31 @@ def test_the_losses_against_numpy():
         quantize.FEATURE_WEIGHT * expected_features + quantize.LOGIT_WEIGHT * expected_logits)
 
 
-def test_random_crops_are_crops():
-    images = torch.arange(2 * 3 * 10 * 10).view(2, 3, 10, 10)
-    places = {}
-    for n, image in enumerate(images):
-        for mirrored in (False, True):
-            for top in range(4):
-                for left in range(4):
-                    crop = image[:, top:top + 7, left:left + 7]
-                    places[tuple((crop.flip(2) if mirrored else crop).flatten().tolist())] = (n, mirrored, top, left)
-    seen = {places[tuple(crop.flatten().tolist())] for crop in quantize.random_crops(images, 7, 1000)}
-    assert len(seen) == 2 * 2 * 4 * 4
+def test_random_views_are_crops_mirrored_and_mixed(monkeypatch):
+    """Crops of exactly the network's size need no interpolation, so they are the picture's own pixels."""
+    monkeypatch.setattr(quantize, "SMALLEST_CROP", 0.5)
+    images = torch.randint(256, (5, 3, 12, 12), dtype=torch.uint8)
+    # picture, side (smallest), distortion (none), mirrored?, place in x, place in y, share of what shows through (none)
+    draws = torch.tensor([[[0.3], [0.9]], [[0.0], [1.0]], [[0.5], [0.5]], [[0.7], [0.2]], [[0.0], [0.5]], [[1.0], [0.5]],
+                          [[0.9], [0.0]]])  # (7, 2, 1)
+    view = quantize.random_views(images, draws, 6)
+    torch.testing.assert_close(view[0], images[1, :, 6:, :6].float(), rtol=0, atol=1e-3)
+    draws[3, 0] = 0.2
+    torch.testing.assert_close(quantize.random_views(images, draws, 6), view.flip(3), rtol=0, atol=1e-3)
+    draws[6, 0] = 0.1  # 40 % of the other picture, the whole of it, mirrored
+    mixed = 0.6 * view.flip(3) + 0.4 * F.interpolate(images[4:].float(), size=6, mode="bilinear").flip(3)
+    torch.testing.assert_close(quantize.random_views(images, draws, 6), mixed, rtol=0, atol=1e-3)
+
+
+def test_random_views_stay_inside_the_picture():
+    """Of pictures that hold their own coordinates, every view is a part, smaller than the whole and not far from square."""
+    ramp = torch.arange(0, 250, 10, dtype=torch.uint8).expand(25, 25)
+    views = quantize.random_views(torch.stack([ramp, ramp.T, ramp]).expand(4, 3, 25, 25), torch.rand(7, 2, 500), 8)
+    single = views[:, :2]  # mixtures of such pictures are linear in the coordinates as well
+    assert single.min() >= 0 and single.max() <= 240
+    width, height = (single[:, 0, 0, -1] - single[:, 0, 0, 0]).abs(), single[:, 1, -1, 0] - single[:, 1, 0, 0]
+    assert 0.5 < (width / height).median() < 2 and (height > 0).all()
+    assert height.max() <= 250 * 7 / 8 + 0.01 and len(torch.unique(height)) > 400
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
@@ -486,6 +528,54 @@ class Silent:
 
     def set_postfix(self, **values):
         pass
+
+
+def train_small(rank, processes, batch, port, results):
+    """One of `processes` that train together; rank 0 leaves its losses and its weights in the file `results`."""
+    if processes > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    teacher = random_model("vit")
+    preprocessing = evaluation.Preprocessing(32, 32, "bicubic", [0.5] * 3, [0.25] * 3)
+    torch.manual_seed(0)
+    student = vitq.quantize_modules(copy.deepcopy(teacher), "w3a3")
+    vitq.initialize(student, preprocessing.normalizer("cpu")(pictures(32, side=32)))
+    losses = quantize.train(student, teacher, "joint", pictures(50), preprocessing, 12, batch, Silent())
+    if rank == 0:
+        torch.save((losses, {name: value.detach() for name, value in student.named_parameters()}), results)
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_small, (2, 8, port, tmp_path / "two"), nprocs=2)
+    train_small(0, 1, 16, None, tmp_path / "one")
+    train_small(0, 1, 8, None, tmp_path / "half")
+    (two, weights), (one, expected), (half, _) = (torch.load(tmp_path / name) for name in ("two", "one", "half"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert two != pytest.approx(half, rel=1e-2)  # so the other half of the batch was seen
+    moved = max((expected[name] - original).abs().max() for name, original in random_model("vit").named_parameters()
+                if name in expected)
+    for name, value in weights.items():
+        assert (value - expected[name]).abs().max() < 0.1 * moved, name
+
+
+def test_torchrun(workplace):
+    """The command, in two processes: one result, and the loss of one process with the doubled batch."""
+    line = ["quantize.py", "--model", str(HERE / "tiny" / "vit"), "--bits", "w3a3", "--images", "photos", "--steps", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for out, launcher, batch in (("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"], "4"), ("one", [], "8")):
+        done = subprocess.run([sys.executable, *launcher, str(HERE / line[0]), *line[1:], "--batch", batch, "--out", out],
+                              env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("MB packed") == 1
+    two, one = (json.loads(Path(out, "metrics.json").read_text()) for out in ("two", "one"))
+    assert two["processes"] == 2 and one["processes"] == 1
+    for loss in ("loss_first", "loss_last"):
+        assert two[loss] == pytest.approx(one[loss], rel=1e-4)
 
 
 def test_joint_training_beats_block_and_round_to_nearest():
@@ -929,12 +1019,12 @@ def test_quantize_writes_everything_and_is_repeatable(workplace, capsys, monkeyp
         assert status == 0, err
     assert "MB in float32" in text and "full precision" in text and "w158a8 joint" in text
     metrics = [json.loads(Path(out, "metrics.json").read_text()) for out in ("a", "b")]
-    assert set(metrics[0]) == set("model bits edge_bits method images num_images steps batch seed seconds "
+    assert set(metrics[0]) == set("model bits edge_bits method images num_images steps batch processes seed seconds "
                                   "images_per_second peak_memory_mb fp_mb packed_mb loss_first loss_last fp_top1 "
                                   "fp_top5 top1 top5 agreement".split())
     for same in ("loss_first", "loss_last", "top1", "top5", "agreement"):
         assert metrics[0][same] == metrics[1][same]
-    assert metrics[0]["seed"] == 7 and metrics[0]["num_images"] == 40 and metrics[0]["loss_last"] < metrics[0]["loss_first"]
+    assert metrics[0]["seed"] == 7 and metrics[0]["num_images"] == 40
     assert Path("a/model.safetensors").read_bytes() == Path("b/model.safetensors").read_bytes()
     command(f"{line} --out c --seed 8", capsys, monkeypatch)
     assert Path("a/model.safetensors").read_bytes() != Path("c/model.safetensors").read_bytes()
@@ -1169,8 +1259,8 @@ def test_the_real_vit_ti_gives_its_accuracy():
 def test_the_real_vit_ti_survives_eight_bits():
     """Round to nearest at W8A8 follows the full-precision model; a wrong axis or a lost scale would not.
 
-    One tensor is the exception: the input of fc2 in block 7 reaches 215 where its 99.9th percentile is 2.5, so that by
-    Eq. (6) even 256 levels are 0.8 apart. The README has the figures of three seeds; this is the first of them.
+    The input of fc2 in block 7 reaches 215 where its 99.9th percentile is 2.5: with the plain squared error in place of the
+    error relative to the token, Eq. (6) keeps a range of 215 and the agreement is 80 %.
     """
     classifier = evaluation.load_classifier(str(IMAGENET / "vit_tiny"))
     torch.manual_seed(0)
@@ -1179,12 +1269,9 @@ def test_the_real_vit_ti_survives_eight_bits():
     (_, pixels), = evaluation.decode(paths, classifier.preprocessing.pixels(), "reading")
     pixels = classifier.preprocessing.normalizer("cpu")(pixels)
     vitq.initialize(student, pixels[:32])
-    name, massive = max(vitq.modules_of(student, vitq.ActivationQuantizer), key=lambda pair: pair[1].log_scale.max().item())
-    assert "layers.7.mlp.fc2" in name
-    agreement = {}
     with torch.no_grad():
         expected = classifier.model(pixels[32:]).logits.argmax(1)
-        for massive.enabled in (True, False):
-            agreement[massive.enabled] = (student(pixels[32:]).logits.argmax(1) == expected).float().mean().item()
-    assert agreement[True] == pytest.approx(0.796, abs=0.04)
-    assert agreement[False] == pytest.approx(0.935, abs=0.04)
+        agreement = (student(pixels[32:]).logits.argmax(1) == expected).float().mean().item()
+    print(agreement)
+    assert agreement > 0.9
+    assert 255 * student.vit.layers[7].mlp.fc2.input_quantizer.log_scale.exp() < 50
