@@ -408,7 +408,7 @@ def full_precision_mb(model):
     return sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
 
 
-# -------------------- Command line, shared with quantize.py
+# -------------------- Command line, shared with generate.py and quantize.py
 
 class Parser(argparse.ArgumentParser):
     """argparse with the docstring as the help text and errors of one line."""
@@ -430,6 +430,11 @@ def torch_device(name):
         return device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} is not available here; give --device cpu, or leave it out") from error
+
+
+def rank_and_processes():
+    """This process's number and how many there are: 0 and 1, but under torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def run(main):

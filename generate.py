@@ -2,6 +2,7 @@
 
     python generate.py --class kite --modes 20                    # learn 20 prompts for "kite", then paint
     python generate.py --class all --model deit_s                 # all classes of the model
+    torchrun --nproc_per_node=4 generate.py --class all           # shared out among four GPUs
     python generate.py --model tiny --class kite --modes 20       # offline, on a CPU, in half a minute
     python generate.py --model tiny --class kite --prompts text   # baseline: "a <adjective> photo of <adjective> kite"
     python generate.py --model tiny --class kite --prompts class  # baseline: "a photo of kite"
@@ -10,12 +11,14 @@ The pictures go to generated/<model>/<index>_<class>/m03_0007.png (mode 3, pictu
 with grid.png, a row a mode, and prompts.safetensors. What is there already is not made again, so an interrupted run
 goes on where it stopped. Eq. (13) is the sampler below; Eq. (12) and (14)-(17) are in prompts.py.
 """
+import fcntl
 import io
 import math
 import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import prompts
-from eval import Parser, decode, find_class, list_images, load_classifier, run, torch_device
+from eval import (Parser, decode, find_class, list_images, load_classifier, rank_and_processes, run,
+                  torch_device)
 from vitq import BadInput
 
 SD_TURBO = "stabilityai/sd-turbo"
@@ -168,12 +172,30 @@ def seconds_a_look(sampler, classifier, count):
     return (time.perf_counter() - start) / count
 
 
+@contextmanager
+def claimed(folder, wait):
+    """Yields whether this process has the folder of a class to itself; if `wait`, once no other process has it.
+
+    The system frees a claim when its process ends, however it ends.
+    """
+    claim = folder / ".claim"
+    with open(claim, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        claim.unlink(missing_ok=True)  # whoever waits for it will find the class complete
+
+
 def fill(out, classifier, labels, device, per_mode, settings):
     """Learn the prompts and paint the pictures that are missing of the classes `labels`; returns the seconds it took.
 
     settings: "model", "generator", "prompts", "modes" and "seed", on which the prompts depend and which are written
-    beside them. The classifier is on the device already. Raises BadInput before painting if a class's prompts were made
-    with other settings.
+    beside them. The classifier is on the device already. Processes, of one machine or of several with a common disk,
+    share the classes out by claiming them; each returns when all are done. Raises BadInput before painting if a class's
+    prompts were made with other settings.
     """
     names, modes, kind, seed = classifier.class_names, settings["modes"], settings["prompts"], settings["seed"]
     folders = {label: class_folder(out, label, names) for label in labels}
@@ -190,37 +212,48 @@ def fill(out, classifier, labels, device, per_mode, settings):
             folders[label].mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{out}: cannot be written to ({error.strerror}); name another folder") from error
+    rank, processes = rank_and_processes()
     micro_batch = max(1, PIXELS_AT_ONCE // sampler.side ** 2)
     steps = prompts.STEPS if kind == "learned" else 0
 
     # learning looks at the candidates once; a step, with its gradients, takes about three looks
     looks = modes * (prompts.CANDIDATES + 3 * steps if steps else 0) + modes * per_mode
     minutes = len(missing) * looks * seconds_a_look(sampler, classifier, min(modes, micro_batch)) / 60
-    print(f"{out}: {len(missing)} of {len(labels)} classes are missing; " + f"learning {modes} prompts and " * bool(steps)
-          + f"painting {modes * per_mode} pictures of each with {settings['generator']}, about {minutes:.1f} minutes",
-          flush=True)
-    with tqdm(total=len(missing) * (steps + modes * per_mode), unit="step", disable=None) as progress:
-        for label in missing:
-            progress.set_description(first_name(names, label))
-            path = folders[label] / PROMPTS_FILE
-            if path.exists():
-                progress.update(steps)
+    if rank == 0:
+        print(f"{out}: {len(missing)} of {len(labels)} classes are missing; "
+              + f"learning {modes} prompts and " * bool(steps) + f"painting {modes * per_mode} pictures of each with "
+              f"{settings['generator']}, about {minutes / processes:.1f} minutes", flush=True)
+
+    def make(label, progress):
+        path = folders[label] / PROMPTS_FILE
+        if path.exists():
+            progress.update(steps)
+        else:
+            if steps:
+                made = prompts.learn(sampler, classifier, label, first_name(names, label), modes, seed, steps, micro_batch,
+                                     lambda loss: (progress.set_postfix(loss=f"{loss:.3f}", refresh=False),
+                                                   progress.update()))
             else:
-                if steps:
-                    made = prompts.learn(sampler, classifier, label, first_name(names, label), modes, seed, steps,
-                                         micro_batch, lambda loss: (
-                                             progress.set_postfix(loss=f"{loss:.3f}", refresh=False), progress.update()))
-                else:
-                    made = prompts.plain(kind, label, first_name(names, label), modes, seed), \
-                        torch.zeros(modes, 0, sampler.text_encoder.config.hidden_size)
-                prompts.save_prompts(path, *made, settings)
-            paint(sampler, folders[label], label, *prompts.load_prompts(path, settings), per_mode, seed, progress)
+                made = prompts.plain(kind, label, first_name(names, label), modes, seed), \
+                    torch.zeros(modes, 0, sampler.text_encoder.config.hidden_size)
+            prompts.save_prompts(path, *made, settings)
+        paint(sampler, folders[label], label, *prompts.load_prompts(path, settings), per_mode, seed, progress)
+
+    with tqdm(total=len(missing) * (steps + modes * per_mode), unit="step", disable=True if rank else None) as progress:
+        # first what no other process has claimed, beginning at another place than they; then what they have not finished
+        first = len(missing) * rank // processes
+        for wait in (False, True):
+            for label in missing[first:] + missing[:first]:
+                with claimed(folders[label], wait) as mine:
+                    if mine and not is_complete(folders[label], modes, per_mode):
+                        progress.set_description(first_name(names, label))
+                        make(label, progress)
     return time.perf_counter() - start
 
 
 @torch.no_grad()
 def summary(out, classifier, labels, device):
-    """One line of all the classes' pictures on disk: how many, the share that the classifier takes for their class, and
+    """One line of the classes' pictures on disk: how many, the share that the classifier takes for their class, and
     the mean over the classes of the mean pairwise cosine of their features, Eq. (16): the lower, the more diverse."""
     hits, cosines = [], []
     for label in labels:
@@ -277,7 +310,8 @@ def main():
     settings = settings_of(args.model, args.generator, args.prompts, args.modes, args.seed)
     out = Path(args.out or default_folder(settings))
     seconds = fill(out, classifier, labels, device, args.per_mode, settings)
-    print(f"{summary(out, classifier, labels, device)}, {seconds:.0f} s")
+    if rank_and_processes()[0] == 0:
+        print(f"{summary(out, classifier, labels, device)}, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -199,9 +199,12 @@ def plain(kind, label, name, modes, seed):
 # -------------------- Files
 
 def save_prompts(path, texts, pseudo_tokens, settings):
-    """One class's prompts: the pseudo-tokens as they were trained, in float32, and all else as metadata of strings."""
+    """One class's prompts: the pseudo-tokens in float16, 164 kB for 20 modes of SD-Turbo; all else as metadata of strings.
+
+    Their numbers are about 0.01 large, and every generator of half precision rounds them more coarsely still.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"pseudo_tokens": pseudo_tokens.cpu().contiguous()}, aside,
+    save_file({"pseudo_tokens": pseudo_tokens.half().cpu().contiguous()}, aside,
               {"texts": json.dumps(texts), "settings": json.dumps(settings)})
     os.replace(aside, path)
 

@@ -18,7 +18,6 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import generate
 import vitq
 from eval import (FULL_PRECISION, Parser, decode, evaluate, full_precision_mb, labelled_images, list_images,
-                  load_classifier, print_table, result_rows, run, torch_device)
+                  load_classifier, print_table, rank_and_processes, result_rows, run, torch_device)
 from tiny import shapes
 from vitq import BadInput
 
@@ -149,6 +148,7 @@ def optimizer_of(parameters, steps, device):
     # the learning rate is a tensor, so that a step recorded on a GPU reads its present value
     optimizer = torch.optim.Adam([{"params": group, "lr": torch.tensor(lr, device=device)}
                                   for lr, group in groups.items()], fused=True, capturable=device.type == "cuda")
+    steps = max(steps, 1)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(
         1, (done + 1) / (WARMUP * steps)) * (0.5 + 0.5 * math.cos(math.pi * done / steps)))
 
@@ -278,27 +278,17 @@ def parser():
     return parser
 
 
-def join_processes(device):
-    """This process's rank and their number: 0 and 1, but under torchrun, where it joins the others."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # a day: the others wait while one of them paints
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    return dist.get_rank(), dist.get_world_size()
-
-
 def paint_missing(model, classifier, device):
-    """Paint, from learned prompts, what the folder generated/<model> lacks of the model's classes."""
+    """The folder generated/<model>, with learned prompts, after painting what it lacks of the model's classes."""
     classes = len(classifier.class_names)
     settings = generate.settings_of(model)
     folder = generate.default_folder(settings)
     per_mode = math.ceil(PICTURES / (classes * settings["modes"]))
     classifier.model.to(device).requires_grad_(False)
     seconds = generate.fill(folder, classifier, range(classes), device, per_mode, settings)
-    if seconds:
+    if seconds and rank_and_processes()[0] == 0:
         print(f"{generate.summary(folder, classifier, range(classes), device)}, {seconds:.0f} s", flush=True)
+    return folder
 
 
 def peak_memory_mb(device):
@@ -318,7 +308,7 @@ def main():
             raise BadInput(f"--{name} {getattr(args, name)}: must be 1 or more")
     edge_bits = args.edge_bits if args.edge_bits == "same" else int(args.edge_bits)
     device = torch_device(args.device)
-    rank, processes = join_processes(device)
+    rank, processes = rank_and_processes()
     suffix = "" if args.method == "joint" else f"-{args.method}"
     out = Path(args.out or f"quantized/{Path(args.model).resolve().name}-{args.bits}{suffix}")
     vitq.check_output(out)
@@ -329,13 +319,13 @@ def main():
         args.data = shapes.test_folder()
     data = labelled_images(args.data, classifier.class_names) if args.data else None
     if not args.images:
-        if rank == 0:
-            paint_missing(args.model, classifier, device)
-        if processes > 1:
-            dist.barrier()
-        args.images = [str(generate.default_folder(generate.settings_of(args.model)))]
+        args.images = [str(paint_missing(args.model, classifier, device))]
         paths = list_images(args.images[0])
 
+    if processes > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)  # the same in all processes
     margin = 2 * round(MARGIN * preprocessing.crop / 2)
     images = torch.cat([pixels for _, pixels in decode(paths, preprocessing.pixels(margin), "reading images")])
