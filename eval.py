@@ -9,6 +9,7 @@ the full-precision model gives, so it needs no labels and has less noise than a 
 """
 import argparse
 import difflib
+import functools
 import json
 import os
 import re
@@ -56,6 +57,21 @@ transformers.logging.set_verbosity_error()  # what it would say of a checkpoint,
 
 # -------------------- Preprocessing: always the checkpoint's own
 
+# Cached, since what a GPU is given while it works makes the program wait for it.
+
+@functools.cache
+def per_channel(values, device):
+    """Three numbers as a tensor (3, 1, 1)."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
+@functools.cache
+def resizing(side, resized, crop, interpolation, device):
+    """The matrix (crop, side) that resizes `side` pixels in a row to `resized`, antialiased, and crops their centre."""
+    unit = VF.resize(torch.eye(side)[None], [resized, side], InterpolationMode(interpolation), antialias=True)
+    return VF.center_crop(unit, [crop, side])[0].to(device)
+
+
 @dataclass
 class Preprocessing:
     """From a photograph to the network's input, as the checkpoint's own files describe it.
@@ -90,9 +106,22 @@ class Preprocessing:
         return v2.Compose([v2.Resize(resize, InterpolationMode(self.interpolation)),
                            v2.CenterCrop(self.crop + margin), v2.PILToTensor()])
 
+    def of_pictures(self, images):
+        """The network's input from float pictures (B, 3, H, W) in [0, 1], of any size: as `pixels`, but differentiable.
+
+        Antialiased, for without it a 512-pixel picture would turn into another texture. Resizing is linear, rows and
+        columns apart: two matrix products, whose gradient is the same each time, while on a GPU torch's own kernel for it
+        adds in any order.
+        """
+        sides = images.shape[-2:]
+        resized = self.resize if isinstance(self.resize, list) else [self.resize * side // min(sides) for side in sides]
+        rows, columns = (resizing(side, to, self.crop, self.interpolation, images.device)
+                         for side, to in zip(sides, resized))
+        return self.normalizer(images.device)(255 * (rows @ images @ columns.T))
+
     def normalizer(self, device):
         """A function from uint8 (B, 3, H, W) to the network's float32 input, both on the device."""
-        mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (self.mean, self.std))
+        mean, std = (per_channel(tuple(value), device) for value in (self.mean, self.std))
         return lambda pixels: (pixels / 255 - mean) / std
 
 
@@ -111,19 +140,14 @@ class Classifier:
     def features(self, images):
         """f and phi of Eq. (14) and (16): logits (B, classes) and features (B, sum of the blocks' channels).
 
-        images: float (B, 3, H, W) in [0, 1], of any size, on the model's device. They are resized, cropped and normalized
-        as photographs are, differentiably; without antialiasing a 512-pixel picture would turn into another texture.
+        images: float (B, 3, H, W) in [0, 1], of any size, on the model's device.
         phi: the mean over the tokens of every block's output, each of unit length, one after the other, so that the
         cosine of two phi is the mean of the blocks' cosines. The head's own input would not do: a good classifier's is nearly
         the same for all pictures of a class, while the layers below, all of which are calibrated, still tell them apart.
         """
-        preprocessing = self.preprocessing
-        resized = VF.resize(images, preprocessing.resize if isinstance(preprocessing.resize, list)
-                            else [preprocessing.resize], InterpolationMode(preprocessing.interpolation), antialias=True)
-        pixels = 255 * VF.center_crop(resized, [preprocessing.crop])
         blocks = vitq.Blocks(self.model)
         try:
-            logits = self.model(preprocessing.normalizer(images.device)(pixels)).logits
+            logits = self.model(self.preprocessing.of_pictures(images)).logits
         finally:
             blocks.remove()
         return logits, torch.cat([F.normalize(output.mean(1), dim=1) for output in blocks.outputs], 1)

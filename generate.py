@@ -17,12 +17,14 @@ import math
 import os
 import re
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import HFValidationError
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
@@ -33,10 +35,17 @@ from eval import (Parser, decode, find_class, list_images, load_classifier, rank
                   torch_device)
 from vitq import BadInput
 
-SD_TURBO = "stabilityai/sd-turbo"
+# cuBLAS adds in the same order each time only with a workspace of fixed size, and reads this when it starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+SD_TURBO, TAESD = "stabilityai/sd-turbo", "madebyollin/taesd"
 TINY_TURBO = "tiny/turbo"  # comes with this code, so it is found from any working folder
 MODES = 20
-PIXELS_AT_ONCE = 4 * 512 * 512  # of the pictures whose gradients are held at a time; painting alone takes 4 times that
+# How many pictures go through the generator at a time follows from the GPU's memory. While its gradient is pending, a pixel of
+# SD-Turbo's takes so many bytes: measured, in bfloat16, through TAESD and through the full VAE.
+BYTES_A_PIXEL, BYTES_A_PIXEL_VAE = 4_800, 16_500
+MEMORY_SHARE = 0.85  # of a GPU's memory that is counted on; of all of it, since what is free differs from run to run
+CPU_MEMORY = 8e9  # bytes that are counted on without a GPU
 PROMPTS_FILE = "prompts.safetensors"
 GRID_COLUMNS, GRID_SIDE = 10, 128  # pictures a row of grid.png, and the most pixels a side of each
 
@@ -46,15 +55,21 @@ GRID_COLUMNS, GRID_SIDE = 10, 128  # pictures a row of grid.png, and the most pi
 class OneStepSampler:
     """x = D(z0) from noise and prompt embeddings, in one step and differentiable in the embeddings.
 
-    The pipeline's own call runs without gradients and rounds to 8 bits at its end. This is the same arithmetic, in
-    bfloat16 on a GPU (in float16, SD 2.1's attention overflows), in float32 on a CPU.
+    The pipeline's own call runs under no_grad and rounds to 8 bits at its end. This is the same arithmetic, in bfloat16
+    on a GPU (in float16, SD 2.1's attention overflows), in float32 on a CPU.
+    There may be two decoders D. Pictures are painted by the generator's `vae`. Prompts are learned through `taesd`, its
+    small copy: the full one takes four fifths of a picture's arithmetic, to add what a classifier hardly sees.
     """
 
     def __init__(self, generator, device):
-        pipeline = load_pipeline(generator, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        pipeline = load_pipeline(generator, dtype)
         self.device, self.tokenizer = device, pipeline.tokenizer
-        self.text_encoder, self.unet, self.vae = (part.to(device).eval().requires_grad_(False) for part in (
-            pipeline.text_encoder, pipeline.unet, pipeline.vae))
+        # frozen, so that gradients are computed for the pseudo-tokens alone
+        self.text_encoder, self.unet, self.vae, self.taesd = (part.to(device).eval().requires_grad_(False) for part in (
+            pipeline.text_encoder, pipeline.unet, pipeline.vae, load_taesd(generator, dtype) or pipeline.vae))
+        if self.taesd is not self.vae:
+            self.taesd.to(memory_format=torch.channels_last)  # a third faster; UNet and VAE are slower in it
         pipeline.scheduler.set_timesteps(1)
         # t and sigma of the single step, from the scheduler's own config: with "trailing" spacing t = 999
         self.timestep = pipeline.scheduler.timesteps[0].to(device)
@@ -66,13 +81,47 @@ class OneStepSampler:
         side = self.unet.config.sample_size
         return torch.randn(count, self.unet.config.in_channels, side, side, generator=random).to(self.device)
 
-    def __call__(self, embeddings, noise):
-        """Eq. (13): embeddings (B, tokens, width), noise (B, 4, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
+    def __call__(self, embeddings, noise, decoder=None):
+        """Eq. (13): embeddings (B, tokens, width), noise (B, 4, h, w) -> pictures (B, 3, H, W), about [-1, 1].
+
+        decoder: D, `self.vae` unless given.
+        """
+        decoder = decoder or self.vae
         noisy = self.sigma * noise / math.sqrt(self.sigma ** 2 + 1)
         eps = self.unet(noisy.to(self.unet.dtype), self.timestep, embeddings.to(self.unet.dtype)).sample
-        # float32: sigma multiplies whatever eps was rounded by
-        latents = self.sigma * (noise - eps.float()) / self.vae.config.scaling_factor
-        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        # float32: sigma multiplies whatever eps was rounded by. Each decoder has a factor of its own, 0.18215 and 1.
+        latents = self.sigma * (noise - eps.float()) / decoder.config.scaling_factor
+        return decoder.decode(latents.to(decoder.dtype)).sample.float()
+
+    def at_once(self, modes):
+        """How many of `modes` pictures go through the generator at a time while learning: equal shares that fit."""
+        memory = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else CPU_MEMORY
+        weights = sum(parameter.nbytes for part in (self.text_encoder, self.unet, self.vae)
+                      for parameter in part.parameters())
+        picture = self.side ** 2 * (BYTES_A_PIXEL_VAE if self.taesd is self.vae else BYTES_A_PIXEL)
+        most = max(1, int((MEMORY_SHARE * memory - weights) / picture))
+        return math.ceil(modes / math.ceil(modes / most))
+
+
+def local_folder(generator):
+    """The folder of a generator in diffusers' format, or None: then it is a hub id."""
+    folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
+    return folder if folder.is_dir() else None
+
+
+def from_pretrained(kind, generator, source, **options):
+    """kind.from_pretrained(source), with its many errors turned into a BadInput that names the generator."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' complaints of each other
+            return kind.from_pretrained(source, use_safetensors=True, **options)
+    except (HFValidationError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"generator {generator}: " + (
+            f"damaged or incomplete ({reason})" if local_folder(generator) else
+            f"{source} is not a folder here, not in the local cache, and could not be downloaded "
+            f"({type(error).__name__}); check the name and the network, or work offline with --model tiny, which needs "
+            "none")) from error
 
 
 def load_pipeline(generator, dtype):
@@ -81,25 +130,30 @@ def load_pipeline(generator, dtype):
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+    for library in (logging, hub_logging):
+        library.set_verbosity_error()
+    folder = local_folder(generator)
+    if folder and not (folder / "model_index.json").is_file():
         raise BadInput(f"generator {generator}: no model_index.json in it; give a folder in diffusers' format")
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder if folder.is_dir() else generator, dtype=dtype,
-                                                           use_safetensors=True, safety_checker=None,
-                                                           requires_safety_checker=False)
-    except (HFValidationError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"generator {generator}: " + (
-            f"damaged or incomplete ({reason})" if folder.is_dir() else
-            f"not a folder here, not in the local cache, and could not be downloaded ({type(error).__name__}); check the "
-            "name and the network, or work offline with --model tiny, which needs none")) from error
+    # SD-Turbo comes without a safety checker, so none is looked for. On the hub, its float16 files are half the download.
+    pipeline = from_pretrained(StableDiffusionPipeline, generator, folder or generator, dtype=dtype, safety_checker=None,
+                               requires_safety_checker=False,
+                               variant="fp16" if generator == SD_TURBO and not folder else None)
     if not isinstance(pipeline.scheduler, EulerDiscreteScheduler) or \
             pipeline.scheduler.config.prediction_type != "epsilon":
         raise BadInput(f"generator {generator}: its scheduler is not EulerDiscreteScheduler predicting epsilon, so "
                        "Eq. (13) does not hold for it; give SD-Turbo")
     return pipeline
+
+
+def load_taesd(generator, dtype):
+    """The small decoder of the generator's latents: the folder's taesd/, or TAESD for SD-Turbo from the hub, or None."""
+    from diffusers import AutoencoderTiny
+    folder = local_folder(generator)
+    if folder and (folder / "taesd").is_dir():
+        return from_pretrained(AutoencoderTiny, generator, folder / "taesd", dtype=dtype)
+    if generator == SD_TURBO and not folder:
+        return from_pretrained(AutoencoderTiny, generator, TAESD, dtype=dtype)
 
 
 # -------------------- Painting
@@ -137,8 +191,9 @@ def write_png(picture, path):
 def paint(sampler, folder, label, texts, pseudo_tokens, per_mode, seed, progress):
     """Paint what is missing of `per_mode` pictures a mode, and the grid."""
     wanted = [(mode, number) for mode in range(len(texts)) for number in range(per_mode)]
-    at_once = max(1, 4 * PIXELS_AT_ONCE // sampler.side ** 2)
+    at_once = sampler.at_once(len(texts))
     pseudo_tokens = pseudo_tokens.to(sampler.device)
+    written = []
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(wanted), at_once):
             # a batch is painted whole even if only part of it is missing: another batch size rounds differently
@@ -152,8 +207,11 @@ def paint(sampler, folder, label, texts, pseudo_tokens, per_mode, seed, progress
                 seeds = [np.random.SeedSequence([seed, label, *item]).generate_state(1)[0] for item in batch]
                 noise = torch.cat([sampler.noise(1, torch.Generator().manual_seed(int(number))) for number in seeds])
                 pictures = ((sampler(embeddings, noise).clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-                list(pool.map(write_png, pictures[missing], [picture_path(folder, *batch[i]) for i in missing]))
+                # written while the next ones are painted: to compress a picture takes a core longer than a GPU to paint it
+                written += [pool.submit(write_png, pictures[i], picture_path(folder, *batch[i])) for i in missing]
             progress.update(len(batch))
+    for writing in written:
+        writing.result()
     columns = min(per_mode, GRID_COLUMNS)
     shown = [picture_path(folder, mode, number) for mode in range(len(texts)) for number in range(columns)]
     side = min(sampler.side, GRID_SIDE)
@@ -162,14 +220,23 @@ def paint(sampler, folder, label, texts, pseudo_tokens, per_mode, seed, progress
     write_png(make_grid(pictures, columns), folder / "grid.png")
 
 
-@torch.no_grad()
-def seconds_a_look(sampler, classifier, count):
-    """Measured: painting a picture, `count` at a time, and putting it through the classifier, without gradients."""
-    noise, tokens = sampler.noise(count, torch.Generator()), torch.zeros(count, 0, 1)
-    for _ in range(2):  # the first is slower
-        start = time.perf_counter()
-        prompts.look(sampler, classifier, [prompts.TEMPLATE] * count, tokens, noise)[0].sum().item()
-    return (time.perf_counter() - start) / count
+def seconds_of(function):
+    """Measured: `function`, which returns a tensor, without gradients."""
+    with torch.no_grad():
+        for _ in range(2):  # the first is slower
+            start = time.perf_counter()
+            function().sum().item()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def deterministic(device):
+    """On a GPU, only kernels that add in the same order each time: a seed gives the same prompts and pictures."""
+    torch.use_deterministic_algorithms(device.type == "cuda")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager
@@ -213,12 +280,17 @@ def fill(out, classifier, labels, device, per_mode, settings):
     except OSError as error:
         raise BadInput(f"{out}: cannot be written to ({error.strerror}); name another folder") from error
     rank, processes = rank_and_processes()
-    micro_batch = max(1, PIXELS_AT_ONCE // sampler.side ** 2)
+    micro_batch = sampler.at_once(modes)
     steps = prompts.STEPS if kind == "learned" else 0
 
-    # learning looks at the candidates once; a step, with its gradients, takes about three looks
-    looks = modes * (prompts.CANDIDATES + 3 * steps if steps else 0) + modes * per_mode
-    minutes = len(missing) * looks * seconds_a_look(sampler, classifier, min(modes, micro_batch)) / 60
+    noise, tokens = sampler.noise(micro_batch, torch.Generator()), torch.zeros(micro_batch, 0, 1)
+    texts = [prompts.TEMPLATE] * micro_batch
+    seconds = modes * per_mode * seconds_of(lambda: sampler(prompts.encode(
+        sampler.text_encoder, sampler.tokenizer, texts, tokens), noise))
+    if steps:  # learning looks at the candidates once; a step, with its gradients, takes about three looks
+        seconds += modes * (prompts.CANDIDATES + 3 * steps) * seconds_of(lambda: prompts.look(
+            sampler, classifier, texts, tokens, noise)[0])
+    minutes = len(missing) * seconds / micro_batch / 60
     if rank == 0:
         print(f"{out}: {len(missing)} of {len(labels)} classes are missing; "
               + f"learning {modes} prompts and " * bool(steps) + f"painting {modes * per_mode} pictures of each with "
@@ -239,7 +311,8 @@ def fill(out, classifier, labels, device, per_mode, settings):
             prompts.save_prompts(path, *made, settings)
         paint(sampler, folders[label], label, *prompts.load_prompts(path, settings), per_mode, seed, progress)
 
-    with tqdm(total=len(missing) * (steps + modes * per_mode), unit="step", disable=True if rank else None) as progress:
+    with deterministic(device), tqdm(total=len(missing) * (steps + modes * per_mode), unit="step",
+                                     disable=True if rank else None) as progress:
         # first what no other process has claimed, beginning at another place than they; then what they have not finished
         first = len(missing) * rank // processes
         for wait in (False, True):
@@ -258,7 +331,7 @@ def summary(out, classifier, labels, device):
     hits, cosines = [], []
     for label in labels:
         paths = list_images(class_folder(out, label, classifier.class_names))
-        pictures = torch.cat([pixels for _, pixels in decode(paths, classifier.preprocessing.pixels(), None)])
+        pictures = torch.cat([pixels for _, pixels in decode(paths, VF.pil_to_tensor, None)])
         logits, features = zip(*(classifier.features(part.to(device) / 255) for part in pictures.split(64)))
         hits.append(torch.cat(logits).argmax(1) == label)
         cosines.append(prompts.mean_cosine(torch.cat(features)).item())

@@ -5,6 +5,7 @@
 is the command; this file is Eq. (12) and (14)-(17). What is learned are a few pseudo-tokens in front of the class name,
 vectors in the space of the text encoder's word embeddings. Generator, text encoder and classifier stay as they are.
 """
+import functools
 import json
 import math
 import os
@@ -49,20 +50,27 @@ def token_ids(tokenizer, text, pseudo_tokens):
     return ids + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids)), start
 
 
+@functools.lru_cache
+def ids_of_prompts(tokenizer, texts, pseudo_tokens, device):
+    """The ids of K texts, (K, tokens), and where the pseudo-tokens begin in all of them. Cached: each step asks again."""
+    ids, starts = zip(*(token_ids(tokenizer, text, pseudo_tokens) for text in texts))
+    return torch.tensor(ids, device=device), starts[0]
+
+
 def encode(text_encoder, tokenizer, texts, pseudo_tokens):
     """Eq. (12): K texts and their pseudo-tokens (K, m, d) -> e_ck (K, tokens, width). m = 0 encodes plain texts.
 
     All texts must have their pseudo-tokens at the same place. Differentiable in the pseudo-tokens.
     """
     count = pseudo_tokens.shape[1]
-    ids, starts = zip(*(token_ids(tokenizer, text, count) for text in texts))
+    ids, start = ids_of_prompts(tokenizer, tuple(texts), count, text_encoder.device)
 
     def splice(embedding, inputs, embedded):  # (K, tokens, d); positions are added afterwards, to the spliced row
-        return torch.cat([embedded[:, :starts[0]], pseudo_tokens.to(embedded.dtype), embedded[:, starts[0] + count:]], 1)
+        return torch.cat([embedded[:, :start], pseudo_tokens.to(embedded.dtype), embedded[:, start + count:]], 1)
 
     handle = text_encoder.get_input_embeddings().register_forward_hook(splice) if count else None
     try:
-        return text_encoder(torch.tensor(ids, device=text_encoder.device))[0]
+        return text_encoder(ids)[0]
     finally:
         if handle:
             handle.remove()
@@ -90,7 +98,7 @@ def mean_cosine(vectors):
 def look(sampler, classifier, texts, pseudo_tokens, noise):
     """Eq. (12) and (13), then the classifier: logits (K, classes) and phi (K, features) of a picture of each prompt."""
     embeddings = encode(sampler.text_encoder, sampler.tokenizer, texts, pseudo_tokens)
-    return classifier.features((sampler(embeddings, noise) + 1) / 2)
+    return classifier.features((sampler(embeddings, noise, sampler.taesd) + 1) / 2)
 
 
 def noise_directions(phi):
@@ -159,17 +167,17 @@ def learn(sampler, classifier, label, name, modes, seed, steps, micro_batch, pro
     optimizer = torch.optim.AdamW([pseudo_tokens], lr=LEARNING_RATE * scale)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     parts = [slice(first, first + micro_batch) for first in range(0, modes, micro_batch)]
-    for step in range(steps):
-        noise = sampler.noise(modes, random)  # fresh each time: a prompt must hold for any noise, not for one
+
+    def gradient(noise):
+        """Adds the gradient of Eq. (17) to that of the pseudo-tokens; returns the loss, on the device: no waiting for it."""
         others = None
         if len(parts) > 1:
             with torch.no_grad():
                 others = torch.cat([look(sampler, classifier, [text] * len(noise[part]), pseudo_tokens[part],
                                          noise[part])[1] for part in parts])
-        optimizer.zero_grad()
         loss = PROMPT_WEIGHT * mean_cosine(pseudo_tokens)  # Eq. (15)
         loss.backward()
-        total = loss.item()
+        total = loss.detach()
         for part in parts:
             logits, phi = look(sampler, classifier, [text] * len(noise[part]), pseudo_tokens[part], noise[part])
             # the features of the other modes are constants here; the parts' gradients add up to that of Eq. (16)
@@ -177,7 +185,12 @@ def learn(sampler, classifier, label, name, modes, seed, steps, micro_batch, pro
             share = len(phi) / modes
             classes, images = share * class_loss(logits, label), IMAGE_WEIGHT * mean_cosine(visible(everyone))
             (classes + images).backward()  # Eq. (17), these modes' part of it
-            total += (classes + share * images).item()
+            total = total + (classes + share * images).detach()
+        return total
+
+    for step in range(steps):
+        optimizer.zero_grad()
+        total = gradient(sampler.noise(modes, random)).item()  # fresh noise: a prompt must hold for any, not for one
         if not math.isfinite(total):
             raise BadInput(f"class {name!r}: the loss of its prompts is not finite at step {step + 1} of {steps}; they "
                            "were not written. Try another --seed")

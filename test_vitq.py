@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as VF
 from transformers import (AutoImageProcessor, DeiTConfig, DeiTForImageClassification,
                           DeiTForImageClassificationWithTeacher, SwinConfig, SwinForImageClassification, ViTConfig,
                           ViTForImageClassification, ViTImageProcessor)
@@ -662,6 +664,76 @@ def test_eq_13_is_the_pipeline_in_one_step(sampler, pipeline):
     assert expected.std() > 0.1 and sampler.side == expected.shape[-1] == 32
 
 
+def test_eq_13_through_the_small_decoder(sampler, pipeline, tiny_classifier):
+    """TAESD's stand-in gets the pipeline's own latents times its own factor, and a classifier sees the same in both."""
+    noise = sampler.noise(len(CAPTIONS), torch.Generator().manual_seed(0))
+    latents = pipeline(CAPTIONS, num_inference_steps=1, guidance_scale=0.0, latents=noise, output_type="latent").images
+    assert sampler.taesd.config.scaling_factor != sampler.vae.config.scaling_factor
+    with torch.no_grad():
+        embeddings = prompts.encode(sampler.text_encoder, sampler.tokenizer, CAPTIONS, torch.zeros(3, 0, 64))
+        small, full = (sampler(embeddings, noise, decoder) for decoder in (sampler.taesd, sampler.vae))
+        expected = sampler.taesd.decode(latents / sampler.taesd.config.scaling_factor).sample
+        torch.testing.assert_close(small, expected, rtol=0, atol=1e-4)
+        assert (small - full).square().mean() < 0.05 * full.var()
+        (logits, phi), (small_logits, small_phi) = (tiny_classifier.features((x + 1) / 2) for x in (full, small))
+    assert torch.equal(logits.argmax(1), small_logits.argmax(1))
+    assert F.cosine_similarity(phi, small_phi).min() > 0.95
+
+
+def test_prompts_are_learned_through_the_small_decoder_and_painted_by_the_full_one(sampler, tiny_classifier, tmp_path,
+                                                                                   monkeypatch):
+    used = []
+    for name in ("vae", "taesd"):
+        decoder = getattr(sampler, name)
+        monkeypatch.setattr(decoder, "decode", lambda *args, name=name, decode=decoder.decode: used.append(name) or
+                            decode(*args))
+    monkeypatch.setattr(prompts, "NOISE_PICTURES", 2)
+    learned = prompts.learn(sampler, tiny_classifier, 0, "kite", 2, 0, 2, 2)
+    assert set(used) == {"taesd"}
+    used.clear()
+    generate.paint(sampler, tmp_path, 0, *learned, 1, 0, Silent())
+    assert used == ["vae"]
+
+
+def test_more_goes_through_the_generator_at_a_time_with_more_memory(sampler, monkeypatch):
+    """SD-Turbo's side and weights; a card's memory is its total, so that a seed does the same on it each time."""
+    fake = type("Sampler", (), dict(side=512, device=torch.device("cuda"), taesd="taesd", vae=torch.nn.Module(),
+                                    text_encoder=torch.nn.Module(), unet=torch.nn.Module()))()
+    fake.unet.weights = nn.Parameter(torch.empty(1_290_000_000, dtype=torch.bfloat16, device="meta"))
+    at_once = {}
+    for gib in (4, 24, 80, 140):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gib=gib: type("", (), dict(
+            total_memory=gib * 2 ** 30)))
+        at_once[gib] = generate.OneStepSampler.at_once(fake, 20)
+        fits = at_once[gib] * 512 ** 2 * generate.BYTES_A_PIXEL + 2.58e9 < gib * 2 ** 30
+        assert fits or at_once[gib] == 1
+    assert at_once[4] < at_once[24] < at_once[80] == at_once[140] == 20
+    fake.taesd = fake.vae  # the full VAE takes more
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), dict(total_memory=24 * 2 ** 30)))
+    assert 1 <= generate.OneStepSampler.at_once(fake, 20) < at_once[24]
+
+
+def test_sd_turbo_loads_from_the_hubs_cache(workplace):
+    """float16 files and TAESD, where the hub's client lays them down; read without network by a process of its own."""
+    from diffusers import AutoencoderTiny
+    pipeline = generate.load_pipeline(generate.TINY_TURBO, torch.float16)
+    taesd = AutoencoderTiny.from_pretrained(HERE / "tiny" / "turbo" / "taesd")
+    for name, model, options in ((generate.SD_TURBO, pipeline, {"variant": "fp16"}), (generate.TAESD, taesd, {})):
+        repository = workplace / "cache" / "hub" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        model.save_pretrained(repository / "snapshots" / ("0" * 40), **options)
+    line = [sys.executable, HERE / "generate.py", *"--model tiny --generator stabilityai/sd-turbo --class kite --modes 2 "
+            "--per-mode 1 --prompts class --out painted".split()]
+    environment = {**os.environ, "HF_HOME": str(workplace / "cache"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(line, text=True, capture_output=True, env=environment)
+    assert done.returncode == 0 and "2 pictures" in done.stdout, done.stderr
+    shutil.rmtree(repository)
+    shutil.rmtree("painted")
+    done = subprocess.run(line, text=True, capture_output=True, env=environment)
+    assert done.returncode == 2 and generate.TAESD in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_eq_13_to_17_reach_the_pseudo_tokens(sampler, tiny_classifier):
     """The length of the loss's gradient at the pseudo-tokens against a finite difference in its direction."""
     noise = sampler.noise(2, torch.Generator().manual_seed(0))
@@ -690,6 +762,21 @@ def test_eq_14_to_16_against_numpy():
     assert prompts.mean_cosine(torch.ones(1, 8)).item() == pytest.approx(0, abs=1e-6)  # one mode has no pairs
     expected = np.mean([np.log(np.exp(row).sum()) - row[2] for row in logits])
     assert prompts.class_loss(torch.from_numpy(logits), 2).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("resize", [40, [36, 44]])
+def test_pictures_are_resized_as_photographs_are(resize):
+    """As two matrix products, so that the gradient is the same each time; against torchvision, antialiased."""
+    preprocessing = evaluation.Preprocessing(resize, 32, "bicubic", [0.2, 0.4, 0.6], [0.5, 0.3, 0.1])
+    images = torch.rand(2, 3, 96, 120, requires_grad=True)
+    expected = VF.center_crop(VF.resize(images, resize if isinstance(resize, list) else [resize],
+                                        InterpolationMode.BICUBIC, antialias=True), [32])
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocessing.mean, preprocessing.std))
+    got = preprocessing.of_pictures(images)
+    torch.testing.assert_close(got, (expected - mean) / std, rtol=0, atol=1e-4)
+    weights = torch.rand_like(got)
+    gradients = [torch.autograd.grad((weights * out).sum(), images)[0] for out in (got, (expected - mean) / std)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

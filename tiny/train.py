@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig, ViTForImageClassification
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import shapes
 
 PICTURES = 120_000  # of each of two sets, for the classifier and for the generator
-VIT_STEPS, VAE_STEPS, GENERATOR_STEPS = 6000, 4000, 10_000
+VIT_STEPS, VAE_STEPS, TAESD_STEPS, GENERATOR_STEPS = 6000, 4000, 4000, 10_000
 BATCH = 256
 REPORTED = 6000     # freshly drawn pictures for the figures at the end
 RECORD_AT = 4       # the step that is recorded on a GPU; the allocator and the libraries have settled by then
@@ -45,6 +45,8 @@ UNET = dict(sample_size=LATENT_SIDE, in_channels=4, out_channels=4, layers_per_b
             cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8, use_linear_projection=True)
 VAE = dict(sample_size=shapes.SIDE, latent_channels=4, layers_per_block=1, block_out_channels=(16, 32),
            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8)
+TAESD = dict(encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16), num_encoder_blocks=(1, 1),
+             num_decoder_blocks=(1, 1))
 TEXT = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
             max_position_embeddings=TOKENS, projection_dim=64)
 # SD-Turbo's own settings
@@ -188,6 +190,20 @@ def train_vae(pictures, steps):
     return vae.eval()
 
 
+def train_taesd(pictures, vae, steps):
+    """The stand-in for TAESD: from the generator's latents to pictures, and back, with less arithmetic than the VAE."""
+    taesd = AutoencoderTiny(**TAESD).to(pictures.device)
+
+    def loss_of():
+        target = centred(pictures[torch.randint(len(pictures), (BATCH,), device=pictures.device)])
+        with torch.no_grad():
+            latents = vae.encode(target).latent_dist.mean * vae.config.scaling_factor
+        return F.mse_loss(taesd.decode(latents).sample, target) + F.mse_loss(taesd.encode(target).latents, latents)
+
+    fit(list(taesd.parameters()), loss_of, steps, 2e-3, "taesd")
+    return taesd.eval()
+
+
 def patterns(device):
     """Orthonormal projections of the noise, (8, 4 * 16 * 16): one for each nuisance.
 
@@ -280,6 +296,7 @@ def main():
         vae = train_vae(pictures, VAE_STEPS)
         pipeline = train_generator(pictures, tokens.to(args.device), nuisances, vae, tokenizer, GENERATOR_STEPS)
         pipeline.save_pretrained(aside / "turbo")
+        train_taesd(pictures, vae, TAESD_STEPS).save_pretrained(aside / "turbo" / "taesd")
         for name in ("vit", "turbo"):
             shutil.rmtree(args.out / name, ignore_errors=True)
             os.rename(aside / name, args.out / name)
