@@ -233,6 +233,7 @@ def seconds_of(function):
 def deterministic(device):
     """On a GPU, only kernels that add in the same order each time: a seed gives the same prompts and pictures."""
     torch.use_deterministic_algorithms(device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for each tensor, against bugs only
     try:
         yield
     finally:
