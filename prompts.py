@@ -23,6 +23,7 @@ TEMPLATE = "a photo of"
 SLOT = "*"  # marks in a prompt's text where its pseudo-tokens stand
 PSEUDO_TOKENS = 4  # m
 STEPS = 40
+RECORD_AT = 2  # the step that is recorded on a GPU; the libraries have settled by then
 LEARNING_RATE = 0.05  # in units of the size of an embedding's numbers: generators differ in it by a factor of ten
 PROMPT_WEIGHT, IMAGE_WEIGHT = 0.1, 1.0  # b_p and b_i of Eq. (17)
 CANDIDATES = 16  # random prompts for each mode, from which the start is chosen
@@ -145,8 +146,9 @@ def learn(sampler, classifier, label, name, modes, seed, steps, micro_batch, pro
     @torch.no_grad()
     def look_at_all(text, pseudo_tokens):
         noise = sampler.noise(len(pseudo_tokens), random)
-        parts = [look(sampler, classifier, [text] * len(part), part, its_noise) for part, its_noise in
-                 zip(pseudo_tokens.split(micro_batch), noise.split(micro_batch))]
+        at_once = 2 * micro_batch  # without gradients, that many fit
+        parts = [look(sampler, classifier, [text] * len(part), part, its_noise)
+                 for part, its_noise in zip(pseudo_tokens.split(at_once), noise.split(at_once))]
         return (torch.cat(outputs) for outputs in zip(*parts))
 
     _, phi = look_at_all(f"{TEMPLATE} {name}", table.new_zeros(NOISE_PICTURES, 0, table.shape[1]))
@@ -168,8 +170,11 @@ def learn(sampler, classifier, label, name, modes, seed, steps, micro_batch, pro
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     parts = [slice(first, first + micro_batch) for first in range(0, modes, micro_batch)]
 
-    def gradient(noise):
-        """Adds the gradient of Eq. (17) to that of the pseudo-tokens; returns the loss, on the device: no waiting for it."""
+    noise, total = sampler.noise(modes, random), torch.zeros((), device=table.device)
+
+    def gradient():
+        """Sets the pseudo-tokens' gradient to that of Eq. (17), and `total` to the loss."""
+        optimizer.zero_grad()
         others = None
         if len(parts) > 1:
             with torch.no_grad():
@@ -177,7 +182,7 @@ def learn(sampler, classifier, label, name, modes, seed, steps, micro_batch, pro
                                          noise[part])[1] for part in parts])
         loss = PROMPT_WEIGHT * mean_cosine(pseudo_tokens)  # Eq. (15)
         loss.backward()
-        total = loss.detach()
+        total.copy_(loss.detach())
         for part in parts:
             logits, phi = look(sampler, classifier, [text] * len(noise[part]), pseudo_tokens[part], noise[part])
             # the features of the other modes are constants here; the parts' gradients add up to that of Eq. (16)
@@ -185,19 +190,31 @@ def learn(sampler, classifier, label, name, modes, seed, steps, micro_batch, pro
             share = len(phi) / modes
             classes, images = share * class_loss(logits, label), IMAGE_WEIGHT * mean_cosine(visible(everyone))
             (classes + images).backward()  # Eq. (17), these modes' part of it
-            total = total + (classes + share * images).detach()
-        return total
+            total.add_((classes + share * images).detach())
 
-    for step in range(steps):
-        optimizer.zero_grad()
-        total = gradient(sampler.noise(modes, random)).item()  # fresh noise: a prompt must hold for any, not for one
-        if not math.isfinite(total):
-            raise BadInput(f"class {name!r}: the loss of its prompts is not finite at step {step + 1} of {steps}; they "
-                           "were not written. Try another --seed")
-        optimizer.step()
-        schedule.step()
-        if progress:
-            progress(total)
+    # Launching the thousands of small kernels of a gradient, most of them the text encoder's, takes a GPU longer than running
+    # them: one gradient is recorded as a CUDA graph and replayed as a whole. Recording needs a stream of its own.
+    on_gpu = table.is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream() if on_gpu else None):
+        for step in range(steps):
+            if step:
+                noise.copy_(sampler.noise(modes, random))  # fresh: a prompt must hold for any noise, not for one
+            if on_gpu and step == RECORD_AT:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    gradient()
+                gradient = graph.replay
+            gradient()
+            optimizer.step()
+            schedule.step()
+            loss = total.item()  # waits for all of that
+            if not math.isfinite(loss):
+                raise BadInput(f"class {name!r}: the loss of its prompts is not finite at step {step + 1} of {steps}; they "
+                               "were not written. Try another --seed")
+            if progress:
+                progress(loss)
     return [text] * modes, pseudo_tokens.detach()
 
 
