@@ -227,7 +227,11 @@ def test_folder():
     """tiny/test, the labelled pictures on which `--model tiny` is evaluated; drawn now if it is not there yet."""
     folder = Path(__file__).parent / "test"
     if not folder.exists():
-        write_folder(folder, per_class=TEST_PER_CLASS, seed=TEST_SEED)
+        try:
+            write_folder(folder, per_class=TEST_PER_CLASS, seed=TEST_SEED)
+        except OSError:
+            if not folder.exists():  # else another process has drawn them meanwhile
+                raise
     return str(folder)
 
 
