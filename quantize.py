@@ -36,10 +36,11 @@ from tiny import shapes
 from vitq import BadInput
 
 INITIALIZATION_IMAGES = 32
-# Adam moves a parameter by about its learning rate a step, whatever its gradient: weights of a ViT are about 0.05
-# large, scales and r are logarithms, zero points are counted in quantization steps.
-WEIGHT_LR = 3e-4
-QUANTIZER_LR = 2e-3
+# Adam moves a parameter by about its learning rate a step, whatever its gradient. Most of a weight's gradient is noise, so
+# its moves are a random walk, learning rate x sqrt(steps) long. Weights of a ViT are about 0.05 large: on walks much longer
+# than this one they forget, over many steps, what they were pretrained to; on shorter ones they learn less.
+WEIGHT_WALK = 7.5e-3
+QUANTIZER_LR = 2e-3  # scales and r are logarithms, zero points are counted in quantization steps
 WARMUP = 0.02  # of the steps: the learning rates rise, since at first Adam knows no gradient's size
 FEATURE_WEIGHT, LOGIT_WEIGHT = 1.0, 1.0  # a_f and a_z of Eq. (11)
 MARGIN = 1 / 7  # by which calibration images exceed the network's input, for the random crops: 32 pixels of 224
@@ -141,14 +142,15 @@ def stages(model, method):
 
 def optimizer_of(parameters, steps, device):
     """Adam over `parameters` (name -> parameter), which from now on require gradients, and its warm-up and cosine decay."""
-    groups = {WEIGHT_LR: [], QUANTIZER_LR: []}
+    steps = max(steps, 1)
+    weight_lr = WEIGHT_WALK / math.sqrt(steps)
+    groups = {weight_lr: [], QUANTIZER_LR: []}
     for name, parameter in parameters.items():
         parameter.requires_grad_(True)
-        groups[QUANTIZER_LR if name.endswith(("log_scale", "zero_point", "log_r")) else WEIGHT_LR].append(parameter)
+        groups[QUANTIZER_LR if name.endswith(("log_scale", "zero_point", "log_r")) else weight_lr].append(parameter)
     # the learning rate is a tensor, so that a step recorded on a GPU reads its present value
     optimizer = torch.optim.Adam([{"params": group, "lr": torch.tensor(lr, device=device)}
                                   for lr, group in groups.items()], fused=True, capturable=device.type == "cuda")
-    steps = max(steps, 1)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(
         1, (done + 1) / (WARMUP * steps)) * (0.5 + 0.5 * math.cos(math.pi * done / steps)))
 

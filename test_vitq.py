@@ -188,16 +188,24 @@ def test_eq_6_finds_the_least_error():
             assert error <= (1.05 if bits <= 4 else 1.2) * best
 
 
-def test_eq_6_clips_the_few_massive_tokens():
-    """Errors relative to the token: of all ranges, a loop over them finds none that is better by that measure."""
+@pytest.mark.parametrize("massive", [True, False])
+def test_eq_6_clips_the_few_massive_tokens(massive):
+    """Errors of massive tokens relative to the token: of all ranges, a loop over them finds none better by that measure.
+
+    Without a massive token, the measure is the plain squared error, though one token in ten is quiet.
+    """
     torch.manual_seed(0)
     x = torch.randn(4, 50, 16)
-    x[:, 0, 3] = 200.0  # one token in fifty, in one channel
+    x[:, ::10] /= 30
+    if massive:
+        x[:, 1, 3] = 200.0  # one token in fifty, in one channel
     quantizer = vitq.ActivationQuantizer(4)
     quantizer.initialize(x)
+    norms = x.square().sum(-1)
+    importance = 1 / norms.clamp_min(3 * norms.median()) if massive else 1
 
     def error(x_q):
-        return ((x_q - x).square().sum(-1) / x.square().sum(-1)).mean()
+        return ((x_q - x).square().sum(-1) * importance).mean()
 
     with torch.no_grad():
         found, largest = error(quantizer(x)), quantizer(x).max()
@@ -205,6 +213,17 @@ def test_eq_6_clips_the_few_massive_tokens():
                for high in np.geomspace(0.5, 200, 60) for low in np.linspace(-4, -0.5, 20))
     assert found <= 1.05 * best
     assert largest < 6  # where the plain squared error would keep the 200
+
+
+def test_eq_6_takes_each_heads_own_tokens_as_the_measure():
+    """A head a hundred times as loud as the others is not massive."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 40, 8) * torch.tensor([1.0, 1.0, 100.0]).view(3, 1, 1)
+    together, alone = vitq.ActivationQuantizer(4, heads=3), vitq.ActivationQuantizer(4)
+    together.initialize(x)
+    for head in range(3):
+        alone.initialize(x[:, head])
+        torch.testing.assert_close(together.log_scale[head].flatten(), alone.log_scale.flatten(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
@@ -1396,7 +1415,7 @@ def test_the_real_vit_ti_survives_eight_bits():
     """Round to nearest at W8A8 follows the full-precision model; a wrong axis or a lost scale would not.
 
     The input of fc2 in block 7 reaches 215 where its 99.9th percentile is 2.5: with the plain squared error in place of the
-    error relative to the token, Eq. (6) keeps a range of 215 and the agreement is 80 %.
+    error relative to massive tokens, Eq. (6) keeps a range of 209 and the agreement is 76 %.
     """
     classifier = evaluation.load_classifier(str(IMAGENET / "vit_tiny"))
     torch.manual_seed(0)
@@ -1408,5 +1427,5 @@ def test_the_real_vit_ti_survives_eight_bits():
     with torch.no_grad():
         expected = classifier.model(pixels[32:]).logits.argmax(1)
         agreement = (student(pixels[32:]).logits.argmax(1) == expected).float().mean().item()
-    assert agreement > 0.86
+    assert agreement > 0.82
     assert 255 * student.vit.layers[7].mlp.fc2.input_quantizer.log_scale.exp() < 50

@@ -105,6 +105,7 @@ CANDIDATES_AT_ONCE = 8  # of the grid: bounds the memory
 # A quantizer looks at no more values than this of its first images: the error of a range is a mean, and 2^17 values
 # give it to better than the grid's resolution at a hundredth of the time.
 INITIALIZATION_VALUES = 2 ** 17
+MASSIVE = 3  # a token of more than so many times the median squared norm counts in Eq. (6) as if it had no more
 
 
 def smallest_error(x, candidates, quantize, importance=1):
@@ -169,13 +170,15 @@ class ActivationQuantizer(nn.Module):
     def initialize(self, x):
         """Eq. (6) on the values x (..., channels) that arrive here.
 
-        The error of a token is relative to that token, as in Eq. (9). In a ViT a few tokens carry massive activations
-        (Sun 2024): where 2 % of the tokens reach 215 and the rest stay below 5, the plain squared error keeps a range of
-        215, in which the other 98 % are a handful of levels. Relative errors clip the few.
+        In a ViT a few tokens carry massive activations (Sun 2024): where 2 % of the tokens reach 215 and the rest stay
+        below 5, the plain squared error keeps a range of 215, in which the other 98 % are a handful of levels. So the
+        error of a massive token is taken relative to that token, which clips the few. That of the others is not: quiet
+        tokens would then count as much as those that say something.
         """
-        importance = 1 / x.square().sum(-1, keepdim=True).clamp_min(1e-8)  # of a token, (..., 1)
-        values, importance = (tensor.reshape(1, -1) if self.log_scale.dim() == 0 else tensor.transpose(0, 1).flatten(1)
-                              for tensor in (x, importance.expand_as(x)))  # (1 or heads, N)
+        tokens = x.reshape(1, -1, x.shape[-1]) if self.log_scale.dim() == 0 else x.transpose(0, 1).flatten(1, 2)
+        norms = tokens.square().sum(2, keepdim=True)  # (1 or heads, tokens, 1)
+        importance = 1 / norms.clamp_min(MASSIVE * norms.median(1, keepdim=True).values).clamp_min(1e-8)
+        values, importance = tokens.flatten(1), importance.expand_as(tokens).flatten(1)  # (1 or heads, N)
         # a random sample, since a regular stride would always meet the same channels
         keep = torch.randint(values.shape[1], (INITIALIZATION_VALUES // len(values),)) if values.numel() > \
             INITIALIZATION_VALUES else torch.arange(values.shape[1])
