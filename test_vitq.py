@@ -623,6 +623,20 @@ def test_joint_training_beats_block_and_round_to_nearest():
     assert held_out["joint"] < 0.9 * held_out["block"] < 0.9 * held_out["rtn"]
 
 
+def test_noise_moves_the_weights_as_far_in_few_steps_as_in_many():
+    torch.manual_seed(0)
+    walked = []
+    for steps in (100, 1600):
+        weight = nn.Parameter(torch.zeros(3000))
+        optimizer, schedule = quantize.optimizer_of({"weight": weight}, steps, torch.device("cpu"))
+        for _ in range(steps):
+            weight.grad = torch.randn(3000)
+            optimizer.step()
+            schedule.step()
+        walked.append(weight.std().item())
+    assert walked[1] == pytest.approx(walked[0], rel=0.2) and 0.002 < walked[1] < quantize.WEIGHT_WALK
+
+
 # ------------------------------------------------------------------------------------------------ Eq. (12)-(17)
 
 @pytest.fixture(scope="module")
