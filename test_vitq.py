@@ -624,9 +624,10 @@ def test_joint_training_beats_block_and_round_to_nearest():
 
 
 def test_noise_moves_the_weights_as_far_in_few_steps_as_in_many():
+    """But in very few, where the rate is bounded."""
     torch.manual_seed(0)
     walked = []
-    for steps in (100, 1600):
+    for steps in (150, 600, 2400):
         weight = nn.Parameter(torch.zeros(3000))
         optimizer, schedule = quantize.optimizer_of({"weight": weight}, steps, torch.device("cpu"))
         for _ in range(steps):
@@ -634,7 +635,8 @@ def test_noise_moves_the_weights_as_far_in_few_steps_as_in_many():
             optimizer.step()
             schedule.step()
         walked.append(weight.std().item())
-    assert walked[1] == pytest.approx(walked[0], rel=0.2) and 0.002 < walked[1] < quantize.WEIGHT_WALK
+    assert 0.002 < walked[1] < quantize.WEIGHT_WALK
+    assert [length / walked[1] for length in walked] == pytest.approx([0.5, 1, 1], rel=0.2)
 
 
 # ------------------------------------------------------------------------------------------------ Eq. (12)-(17)
