@@ -586,8 +586,11 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
 
 
 def test_torchrun(workplace):
-    """The command, in two processes: one result, and the loss of one process with the doubled batch."""
-    line = ["quantize.py", "--model", str(HERE / "tiny" / "vit"), "--bits", "w3a3", "--images", "photos", "--steps", "3"]
+    """The command, in two processes: one result, and the loss of one process with the doubled batch.
+
+    Two steps, since rounding amplifies: weights changed by 1e-7 give another third loss by 1 %, in one process too.
+    """
+    line = ["quantize.py", "--model", str(HERE / "tiny" / "vit"), "--bits", "w3a3", "--images", "photos", "--steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for out, launcher, batch in (("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"], "4"), ("one", [], "8")):
         done = subprocess.run([sys.executable, *launcher, str(HERE / line[0]), *line[1:], "--batch", batch, "--out", out],
