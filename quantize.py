@@ -39,7 +39,8 @@ INITIALIZATION_IMAGES = 32
 # Adam moves a parameter by about its learning rate a step, whatever its gradient. Most of a weight's gradient is noise, so
 # its moves are a random walk, learning rate x sqrt(steps) long. Weights of a ViT are about 0.05 large: on walks much longer
 # than this one they forget, over many steps, what they were pretrained to; on shorter ones they learn less.
-WEIGHT_WALK, SHORT = 7.5e-3, 600  # in fewer steps than SHORT the rate rises no more: there is no time to mend what it breaks
+WEIGHT_WALK = 7.5e-3
+SHORT = 600  # steps; in fewer, the rate rises no more: at 1e-3, 60 steps break more of a ViT than they mend
 QUANTIZER_LR = 2e-3  # scales and r are logarithms, zero points are counted in quantization steps
 WARMUP = 0.02  # of the steps: the learning rates rise, since at first Adam knows no gradient's size
 FEATURE_WEIGHT, LOGIT_WEIGHT = 1.0, 1.0  # a_f and a_z of Eq. (11)
