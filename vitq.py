@@ -26,7 +26,7 @@ from transformers import (AttentionInterface, AutoConfig, DeiTForImageClassifica
 
 TERNARY = 1.58  # log2(3), the information in one weight of three levels
 EDGE_BITS = 8
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FAMILIES = {family.__name__: family for family in (ViTForImageClassification, DeiTForImageClassification,
                                                    DeiTForImageClassificationWithTeacher, SwinForImageClassification)}
 
@@ -303,17 +303,22 @@ def quantized_attention(module, query, key, value, attention_mask, scaling=None,
     """Eq. (8). query, key, value (B, heads, T, d); attention_mask added to the scores, or None (Swin's relative
     position bias and window mask come in there). Returns (B, T, heads, d) and None, as transformers expects.
 
-    The softmax output is quantized too: its product with the values is half of attention's arithmetic.
+    Both operands of both products are quantized; the left one of the second are the probabilities before they are divided
+    by their sum. A query that looks at one token has a probability near 1, one that looks at all 197 has none above 0.01:
+    a scale that covers the one rounds the other to nothing. Relative to the largest of their row, both reach 1. The
+    division is one factor a row of the result, as in kernels that never hold a whole row (FlashAttention, Dao 2022).
     """
     # Keys that nobody looks at, up to a multiple of 8: GPUs multiply matrices with rows of 197 numbers at a third of the speed.
     tokens = key.shape[-2]
     key, value = (F.pad(x, (0, 0, 0, -tokens % 8)) for x in (module.key_quantizer(key), module.value_quantizer(value)))
-    scores = module.query_quantizer(query) @ key.transpose(-1, -2) * scaling  # (B, heads, T, T or a little more)
+    scores = (module.query_quantizer(query) @ key.transpose(-1, -2)).float() * scaling  # (B, heads, T, T or a little more)
     if attention_mask is not None:
         scores = scores + F.pad(attention_mask, (0, -tokens % 8))
     scores = torch.where(torch.arange(key.shape[-2], device=key.device) < tokens, scores, -torch.inf)
-    probabilities = module.probability_quantizer(scores.softmax(-1))
-    return (probabilities @ value).transpose(1, 2).contiguous(), None
+    # The gradient passes through the maximum too. Its element is mostly clipped and has no other way to grow: the rest shrinks.
+    relative = (scores - scores.amax(-1, keepdim=True)).exp()  # probabilities, the largest of a row being 1
+    output = module.probability_quantizer(relative) @ value / relative.sum(-1, keepdim=True)
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("vitq", quantized_attention)
