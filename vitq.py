@@ -374,7 +374,7 @@ def quantize_modules(model, bits, edge_bits=EDGE_BITS):
     for block in blocks(model):
         attention, mlp = block.attention, block.mlp
         rescale(block, "layernorm_before", attention, ("q_proj", "k_proj", "v_proj"))
-        # each head is a product of its own and has a range of its own: a scale a head (README.md has what it brings)
+        # each head is a product of its own and has a range of its own: a scale a head (README.md has what it brings, and what not)
         for operand in ("query", "key", "value", "probability"):
             setattr(attention, f"{operand}_quantizer", ActivationQuantizer(activation_bits,
                                                                            attention.num_attention_heads))
