@@ -610,7 +610,7 @@ def test_torchrun(workplace):
     """The command, in two processes: one result, and the loss of one process with the doubled batch.
 
     Of two steps, the second roughly, since rounding amplifies: parameters changed by 1e-7 give another second loss by 2 %,
-    in one process too. The test above, of a network that rounds less, compares twelve.
+    in one process too. The test above compares twelve, of a network to which that does not happen.
     """
     line = ["quantize.py", "--model", str(HERE / "tiny" / "vit"), "--bits", "w3a3", "--images", "photos", "--steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -315,7 +315,7 @@ def quantized_attention(module, query, key, value, attention_mask, scaling=None,
     if attention_mask is not None:
         scores = scores + F.pad(attention_mask, (0, -tokens % 8))
     scores = torch.where(torch.arange(key.shape[-2], device=key.device) < tokens, scores, -torch.inf)
-    # The gradient passes through the maximum too. Its element is mostly clipped and has no other way to grow: the rest shrinks.
+    # The gradient passes through the maximum too: the largest, 1 whatever its score, gains only by what the others lose.
     relative = (scores - scores.amax(-1, keepdim=True)).exp()  # probabilities, the largest of a row being 1
     output = module.probability_quantizer(relative) @ value / relative.sum(-1, keepdim=True)
     return output.transpose(1, 2).contiguous(), None
@@ -374,7 +374,7 @@ def quantize_modules(model, bits, edge_bits=EDGE_BITS):
     for block in blocks(model):
         attention, mlp = block.attention, block.mlp
         rescale(block, "layernorm_before", attention, ("q_proj", "k_proj", "v_proj"))
-        # each head is a product of its own and has a range of its own: a scale a head (README.md has what it brings, and what not)
+        # each head is a product of its own and has a range of its own: a scale a head
         for operand in ("query", "key", "value", "probability"):
             setattr(attention, f"{operand}_quantizer", ActivationQuantizer(activation_bits,
                                                                            attention.num_attention_heads))
