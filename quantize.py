@@ -41,8 +41,11 @@ INITIALIZATION_IMAGES = 32
 # than this one they forget, over many steps, what they were pretrained to; on shorter ones they learn less.
 WEIGHT_WALK = 7.5e-3
 SHORT = 600  # steps; in fewer, the rate rises no more: at 1e-3, 60 steps break more of a ViT than they mend
+VECTOR_LR = 1e-3  # biases and LayerNorms: what rounding adds in the mean, a bias takes away again
 QUANTIZER_LR = 2e-3  # scales and r are logarithms, zero points are counted in quantization steps
+BETAS = 0.9, 0.99  # of Adam: gradients shrink as the student learns, and 1,000 steps are too long a memory of them
 WARMUP = 0.02  # of the steps: the learning rates rise, since at first Adam knows no gradient's size
+FADE = 0.5  # of the steps: ternary weights fade from W to W^, since a ViT whose weights are ternary at once knows nothing
 # a_f and a_z of Eq. (11). What the blocks compute for every token says far more of an image than its class probabilities:
 # with equal weights, Eq. (10) on images held back is a fifth to two fifths higher. Both are needed (README.md).
 FEATURE_WEIGHT, LOGIT_WEIGHT = 50.0, 1.0
@@ -88,14 +91,25 @@ def joint_loss(features, quantized_features, logits, quantized_logits):
 
 # -------------------- The loop
 
-def random_views(images, draws, size):
+def drawn(counts, draws):
+    """Indices of images: every folder is as likely, and every image within it. counts: images in each folder, (F,).
+    draws: uniform in [0, 1), any shape.
+
+    So a thousand sharp photographs of what the network is for are not lost among twenty thousand others.
+    """
+    folder = (draws * len(counts)).long()
+    return (counts.cumsum(0) - counts)[folder] + ((draws * len(counts) - folder) * counts[folder]).long()
+
+
+def random_views(images, counts, draws, size):
     """Random crops, stretched to the network's input and mirrored at random; in half of them a second one shows through.
 
-    images: uint8 (N, 3, S, S). draws: uniform in [0, 1), (7, 2, B). Returns float (B, 3, size, size) in [0, 255].
+    images: uint8 (N, 3, S, S), those of one folder after those of another; counts: how many in each, (F,).
+    draws: uniform in [0, 1), (7, 2, B). Returns float (B, 3, size, size) in [0, 255].
     A few thousand photographs are soon known by heart by millions of weights. Their views are not, and what the teacher
     says of half a dog or of a mixture is as good a target as any other (Beyer 2022).
     """
-    index = (draws[0] * len(images)).long()  # (2, B): a view and what shows through it
+    index = drawn(counts, draws[0])  # (2, B): a view and what shows through it
     side = SMALLEST_CROP + (1 - SMALLEST_CROP) * draws[1]  # of the picture's side
     stretch = ASPECT ** (draws[2] - 0.5)
     width, height = (side * stretch).clamp_max(1), (side / stretch).clamp_max(1)
@@ -147,13 +161,14 @@ def optimizer_of(parameters, steps, device):
     """Adam over `parameters` (name -> parameter), which from now on require gradients, and its warm-up and cosine decay."""
     steps = max(steps, 1)
     weight_lr = WEIGHT_WALK / math.sqrt(max(steps, SHORT))
-    groups = {weight_lr: [], QUANTIZER_LR: []}
+    groups = {weight_lr: [], VECTOR_LR: [], QUANTIZER_LR: []}
     for name, parameter in parameters.items():
         parameter.requires_grad_(True)
-        groups[QUANTIZER_LR if name.endswith(("log_scale", "zero_point", "log_r")) else weight_lr].append(parameter)
+        of_quantizer = name.endswith(("log_scale", "zero_point", "log_r"))
+        groups[QUANTIZER_LR if of_quantizer else VECTOR_LR if parameter.dim() == 1 else weight_lr].append(parameter)
     # the learning rate is a tensor, so that a step recorded on a GPU reads its present value
-    optimizer = torch.optim.Adam([{"params": group, "lr": torch.tensor(lr, device=device)}
-                                  for lr, group in groups.items()], fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam([{"params": group, "lr": torch.tensor(lr, device=device)} for lr, group in groups.items()],
+                                 betas=BETAS, fused=True, capturable=device.type == "cuda")
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(
         1, (done + 1) / (WARMUP * steps)) * (0.5 + 0.5 * math.cos(math.pi * done / steps)))
 
@@ -181,10 +196,11 @@ class Distillation(torch.nn.Module):
         self.quantized_blocks.remove()
 
 
-def train(student, teacher, method, images, preprocessing, steps, batch, progress):
+def train(student, teacher, method, images, counts, preprocessing, steps, batch, progress):
     """Train `student` to follow `teacher`, without labels; both on the device of `images`.
 
-    images: uint8 (N, 3, S, S). steps: in all; stages share them. Returns the losses, one a step.
+    images: uint8 (N, 3, S, S); counts: how many of them in each folder, (F,). steps: in all; stages share them.
+    Returns the losses, one a step.
     Raises BadInput at a non-finite loss.
     """
     device = images.device
@@ -209,6 +225,11 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
 
     def run_stage(parameters, loss_function, stage_steps):
         optimizer, schedule = optimizer_of(parameters, stage_steps, device)
+        share = torch.ones((), device=device)
+        fading = [layer for _, layer in vitq.modules_of(student, vitq.QuantWeight)
+                  if layer.weight_bits == vitq.TERNARY and layer.weight.requires_grad]
+        for layer in fading:
+            layer.quantized_share = share
         distillation = Distillation(student, teacher, loss_function)
         parallel = DistributedDataParallel(distillation) if processes > 1 else distillation
         latest, unread = torch.zeros((), device=device), []
@@ -216,13 +237,14 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
         def step():
             # every process draws the same numbers and takes its own share of them
             draws = torch.rand(7, 2, processes * batch, device=device)[..., rank * batch:(rank + 1) * batch]
-            loss = parallel(normalize(views(images, draws, preprocessing.crop)))
+            loss = parallel(normalize(views(images, counts, draws, preprocessing.crop)))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             latest.copy_(loss.detach())
 
         for done in range(1, stage_steps + 1):
+            share.fill_(min(1, done / (FADE * stage_steps)))
             if on_gpu and done == RECORD_AT:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):  # records the step's kernels without running them
@@ -245,6 +267,8 @@ def train(student, teacher, method, images, preprocessing, steps, batch, progres
                                    "Try other images or more bits")
         student.requires_grad_(False)
         distillation.remove()
+        for layer in fading:
+            layer.quantized_share = None
 
     # recording needs a stream of its own, which must not run ahead of what the default stream still computes
     if on_gpu:
@@ -317,7 +341,7 @@ def main():
     suffix = "" if args.method == "joint" else f"-{args.method}"
     out = Path(args.out or f"quantized/{Path(args.model).resolve().name}-{args.bits}{suffix}")
     vitq.check_output(out)
-    paths = [path for folder in args.images or [] for path in list_images(folder)]
+    folders = [list_images(folder) for folder in args.images or []]
     classifier = load_classifier(args.model)
     preprocessing = classifier.preprocessing
     if args.model == "tiny" and not args.data and rank == 0:
@@ -325,7 +349,7 @@ def main():
     data = labelled_images(args.data, classifier.class_names) if args.data else None
     if not args.images:
         args.images = [str(paint_missing(args.model, classifier, device))]
-        paths = list_images(args.images[0])
+        folders = [list_images(args.images[0])]
 
     if processes > 1:
         if device.type == "cuda":
@@ -333,17 +357,17 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)  # the same in all processes
     margin = 2 * round(MARGIN * preprocessing.crop / 2)
-    images = torch.cat([pixels for _, pixels in decode(paths, preprocessing.pixels(margin), "reading images")])
-    images = images.to(device)
+    images = torch.cat([pixels for _, pixels in decode(sum(folders, []), preprocessing.pixels(margin), "reading images")])
+    images, counts = images.to(device), torch.tensor([len(paths) for paths in folders], device=device)
     teacher = classifier.model.to(device).requires_grad_(False)
     start = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(classifier.model).cpu(), args.bits, edge_bits).to(device)
-    first = images[torch.randperm(len(images))[:INITIALIZATION_IMAGES].to(device)]
+    first = images[drawn(counts, torch.rand(INITIALIZATION_IMAGES).to(device))]
     vitq.initialize(student, preprocessing.normalizer(device)(VF.center_crop(first, [preprocessing.crop])))
     steps = 0 if args.method == "rtn" else args.steps
     with tqdm(total=steps, desc=f"{args.method} {args.bits}", unit="step",
               disable=None if steps and rank == 0 else True) as progress:
-        losses = train(student, teacher, args.method, images, preprocessing, steps, args.batch, progress)
+        losses = train(student, teacher, args.method, images, counts, preprocessing, steps, args.batch, progress)
     if processes > 1:
         dist.destroy_process_group()
     if rank > 0:

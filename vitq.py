@@ -211,6 +211,7 @@ class QuantWeight:
         self.weight_bits, self.input_quantizer, self.enabled = weight_bits, input_quantizer, True
         self.weight_log_scale = nn.Parameter(torch.zeros(len(self.weight), *[1] * (self.weight.dim() - 1)))
         self.register_parameter("log_r", log_r)
+        self.quantized_share = None  # while ternary weights fade in: a number from 0 to 1, else all is quantized
         return self
 
     def rescaled_weight(self):
@@ -225,7 +226,10 @@ class QuantWeight:
     def effective_weight(self):
         """The weight that the forward uses: quantized by Eq. (2) or (3), after the rescaling of Eq. (4)."""
         weight = self.rescaled_weight()
-        return fake_quantize_weight(weight, self.weight_log_scale.exp(), self.weight_bits) if self.enabled else weight
+        if not self.enabled:
+            return weight
+        quantized = fake_quantize_weight(weight, self.weight_log_scale.exp(), self.weight_bits)
+        return quantized if self.quantized_share is None else torch.lerp(weight, quantized, self.quantized_share)
 
     @torch.no_grad()
     def fold(self):
@@ -408,18 +412,23 @@ def enable(model, enabled):
 def initialize(model, pixels):
     """Set r by Eq. (7), then every scale and zero point by Eq. (6), on `pixels` (32, 3, H, W), normalized."""
     enable(model, False)
-    largest = {}  # LayerNorm -> the largest |x_c| of each channel of its output
-    handles = [norm.register_forward_hook(lambda norm, _, output: largest.__setitem__(
-        norm, output.abs().flatten(0, -2).amax(0))) for _, norm in modules_of(model, RescaledLayerNorm)]
+    statistics = {}  # LayerNorm -> standard deviation and mean of each channel of its output
+    handles = [norm.register_forward_hook(lambda norm, _, output: statistics.__setitem__(
+        norm, torch.std_mean(output.flatten(0, -2), 0))) for _, norm in modules_of(model, RescaledLayerNorm)]
     model(pixels)
     for handle in handles:
         handle.remove()
-    for norm, largest_x in largest.items():
+    for norm, (std, mean) in statistics.items():
         readers = [layer for _, layer in modules_of(model, QuantLinear) if layer.log_r is norm.log_r]
-        largest_w = torch.cat([layer.weight.abs() for layer in readers]).amax(0)
-        # Eq. (7): x_c / r_c and r_c W_oc then have the same largest value: neither side carries the whole spread
-        log_r = 0.5 * (largest_x.clamp_min(1e-5).log() - largest_w.clamp_min(1e-5).log())
+        rms = torch.cat([layer.weight for layer in readers]).square().mean(0).sqrt()
+        # Eq. (7): x_c / r_c and r_c W_oc are then as large: neither side carries the whole spread of the channels
+        log_r = 0.5 * (std.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
         norm.log_r.copy_(log_r - log_r.mean())
+        # Channels are centred, since one zero point must serve them all: W x + b = W (x - mean) + (b + W mean).
+        if all(layer.bias is not None for layer in readers):  # Swin's patch merging has none to take W mean up
+            norm.bias.sub_(mean)
+            for layer in readers:
+                layer.bias.add_(layer.weight @ mean)
 
     handles = [quantizer.register_forward_pre_hook(lambda quantizer, inputs: quantizer.initialize(inputs[0]))
                for _, quantizer in modules_of(model, ActivationQuantizer)]
