@@ -179,8 +179,9 @@ def model_folder(model):
     try:
         return Path(snapshot_download(hub_id, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises its own errors, its HTTP library's, and the system's
+        namesake = f"for the folder of that name give ./{model}; " if Path(model).is_dir() else ""
         raise BadInput(f"model {model!r}: {hub_id} is not in the local cache and could not be downloaded "
-                       f"({type(error).__name__}); check the name and the network, give a folder that holds its "
+                       f"({type(error).__name__}); {namesake}check the name and the network, give a folder that holds its "
                        f"{' and '.join(FILES[::2])}, or work offline with --model tiny, which needs none") from error
 
 

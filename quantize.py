@@ -357,8 +357,9 @@ def main():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)  # the same in all processes
     margin = 2 * round(MARGIN * preprocessing.crop / 2)
-    images = torch.cat([pixels for _, pixels in decode(sum(folders, []), preprocessing.pixels(margin), "reading images")])
-    images, counts = images.to(device), torch.tensor([len(paths) for paths in folders], device=device)
+    images = [torch.cat([pixels for _, pixels in decode(paths, preprocessing.pixels(margin), "reading images")])
+              for paths in folders]
+    images, counts = torch.cat(images).to(device), torch.tensor([len(some) for some in images], device=device)
     teacher = classifier.model.to(device).requires_grad_(False)
     start = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(classifier.model).cpu(), args.bits, edge_bits).to(device)

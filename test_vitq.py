@@ -1383,6 +1383,7 @@ QUANTIZE = "quantize.py --model vit_t --images photos"
     ("quantize.py --model deit_x --bits w4a4 --images photos", ["'deit_x'", "did you mean", "deit_s"]),
     ("quantize.py --model nobody/nothing --bits w4a4 --images photos", ["nobody/nothing", "could not be downloaded"]),
     ("quantize.py --model photos --bits w4a4 --images photos", ["photos", "config.json"]),
+    ("quantize.py --model swin_t --bits w4a4 --images photos", ["swin-tiny", "for the folder of that name give ./swin_t"]),
     (f"{QUANTIZE} --bits 4", ["'4'", "w4a4"]),
     (f"{QUANTIZE} --bits w9a4", ["'w9a4'", "8"]),
     (f"{QUANTIZE} --bits w4a16", ["'w4a16'"]),
@@ -1424,6 +1425,7 @@ def test_bad_input_is_one_line_and_status_2(line, fragments, workplace, capsys, 
     (workplace / "broken" / "0.jpg").write_bytes(b"not a picture")
     (workplace / "wrong" / "kitten").mkdir(parents=True)
     shutil.copy(workplace / "photos" / "0.jpg", workplace / "wrong" / "kitten")
+    (workplace / "swin_t").mkdir()  # the name of a known model goes before a folder
     refused(line, capsys, monkeypatch, *fragments)
 
 
@@ -1437,9 +1439,12 @@ def test_the_exit_status_of_a_process(workplace):
 
 def test_broken_images_are_named_and_skipped(workplace, capsys, monkeypatch):
     (workplace / "photos" / "cut.jpg").write_bytes((workplace / "photos" / "0.jpg").read_bytes()[:300])
-    status, _, err = command(f"{QUANTIZE} --bits w4a4 --method rtn", capsys, monkeypatch)
+    drawn, found = quantize.drawn, []
+    monkeypatch.setattr(quantize, "drawn", lambda counts, draws: found.append(counts.tolist()) or drawn(counts, draws))
+    status, _, err = command(f"{QUANTIZE} imagenet --bits w4a4 --method rtn", capsys, monkeypatch)
     assert status == 0 and "skipped 1 of 41" in err and "cut.jpg" in err
-    assert json.loads(Path("quantized/vit_t-w4a4-rtn/metrics.json").read_text())["num_images"] == 40
+    assert json.loads(Path("quantized/vit_t-w4a4-rtn/metrics.json").read_text())["num_images"] == 80
+    assert found == [[40, 40]]
 
 
 def test_the_training_is_kept_when_the_evaluation_fails(workplace, capsys, monkeypatch):
