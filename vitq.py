@@ -410,7 +410,8 @@ def enable(model, enabled):
 
 @torch.no_grad()
 def initialize(model, pixels):
-    """Set r by Eq. (7), then every scale and zero point by Eq. (6), on `pixels` (32, 3, H, W), normalized."""
+    """Set r by Eq. (7) and centre the channels, then set every scale and zero point by Eq. (6), on `pixels` (32, 3, H, W),
+    normalized."""
     enable(model, False)
     statistics = {}  # LayerNorm -> standard deviation and mean of each channel of its output
     handles = [norm.register_forward_hook(lambda norm, _, output: statistics.__setitem__(
