@@ -413,17 +413,21 @@ def initialize(model, pixels):
     """Set r by Eq. (7) and centre the channels, then set every scale and zero point by Eq. (6), on `pixels` (32, 3, H, W),
     normalized."""
     enable(model, False)
-    statistics = {}  # LayerNorm -> standard deviation and mean of each channel of its output
-    handles = [norm.register_forward_hook(lambda norm, _, output: statistics.__setitem__(
-        norm, torch.std_mean(output.flatten(0, -2), 0))) for _, norm in modules_of(model, RescaledLayerNorm)]
+    outputs = {}  # LayerNorm -> its output x, (32, positions, channels)
+    handles = [norm.register_forward_hook(lambda norm, _, output: outputs.__setitem__(norm, output))
+               for _, norm in modules_of(model, RescaledLayerNorm)]
     model(pixels)
     for handle in handles:
         handle.remove()
-    for norm, (std, mean) in statistics.items():
+    for norm, x in outputs.items():
+        mean = x.flatten(0, -2).mean(0)
+        # Of all positions, the one where a channel is largest: the class token, one of 197 and the one that the head reads, is
+        # large in other channels than the patches, and a mean over all tokens would not see it.
+        spread = (x - mean).square().mean(0).sqrt().flatten(0, -2).amax(0)
         readers = [layer for _, layer in modules_of(model, QuantLinear) if layer.log_r is norm.log_r]
         rms = torch.cat([layer.weight for layer in readers]).square().mean(0).sqrt()
         # Eq. (7): x_c / r_c and r_c W_oc are then as large: neither side carries the whole spread of the channels
-        log_r = 0.5 * (std.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
+        log_r = 0.5 * (spread.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
         norm.log_r.copy_(log_r - log_r.mean())
         # Channels are centred, since one zero point must serve them all: W x + b = W (x - mean) + (b + W mean).
         if all(layer.bias is not None for layer in readers):  # Swin's patch merging has none to take W mean up
