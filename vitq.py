@@ -108,17 +108,35 @@ INITIALIZATION_VALUES = 2 ** 17
 MASSIVE = 3  # a token of more than so many times the median squared norm counts in Eq. (6) as if it had no more
 
 
-def smallest_error(x, candidates, quantize, importance=1):
+def sorted_sums(x, importance):
+    """Rows of x (R, N), sorted, and the running sums of w and of w x, (2, R, N + 1), in that order; w: importance (R, N)."""
+    x, order = x.sort(1)
+    x, w = x.double(), importance.gather(1, order).double()
+    return x, F.pad(torch.stack([w, w * x]).cumsum(2), (1, 0))  # the sums of the first 0, 1, ... N values
+
+
+def smallest_error(x, sums, candidates, levels):
     """For each row of x (R, N), the one of K candidates whose quantization error is least.
 
-    candidates: a tuple of tensors (K, R, 1), the arguments of `quantize`. importance: (R, N) or 1, weighs the squared
-    errors. Returns a tuple of (R, 1).
+    x, sums: of `sorted_sums`. candidates: a tuple of tensors (R, K), the arguments of `levels`, which returns the values
+    that x^ can take, ascending, (R, K, L). Returns a tuple of (R, 1).
+
+    Rounding takes each x to its nearest level. Were all of them at the highest, v_L, the error sum w (x - v_L)^2 would be
+    v_L^2 sum w - 2 v_L sum w x and a term that is the same for all candidates. Those below the middle m of two neighbours
+    go from the upper to the lower one, which takes 2 (upper - lower) sum w (m - x) away. So running sums tell the error,
+    and a candidate costs as many operations as it has levels, not as there are values.
     """
     candidates = torch.broadcast_tensors(*candidates)
-    errors = torch.cat([(importance * (quantize(x, *some) - x).square()).sum(2, keepdim=True)  # (some, R, N) -> (some, R, 1)
-                        for some in zip(*(values.split(CANDIDATES_AT_ONCE) for values in candidates))])
-    best = errors.argmin(0, keepdim=True)
-    return tuple(values.gather(0, best)[0] for values in candidates)
+    all_w, all_wx = sums[..., -1:]  # (R, 1) each
+    errors = []
+    for some in zip(*(values.split(CANDIDATES_AT_ONCE, 1) for values in candidates)):
+        v = levels(*some).double()
+        middles, highest = (v[..., 1:] + v[..., :-1]) / 2, v[..., -1]
+        below = torch.searchsorted(x, middles.flatten(1))  # how many values are, (R, some * (L - 1))
+        w, wx = sums.gather(2, below.expand(2, -1, -1)).view(2, *middles.shape)
+        errors.append(highest * (highest * all_w - 2 * all_wx) - 2 * (v.diff() * (middles * w - wx)).sum(2))
+    best = torch.cat(errors, 1).argmin(1, keepdim=True)
+    return tuple(values.gather(1, best) for values in candidates)
 
 
 def activation_scale(x, importance, bits):
@@ -130,26 +148,28 @@ def activation_scale(x, importance, bits):
         scale = (high - low).clamp_min(1e-8) / (2 ** bits - 1)
         return scale, -low / scale
 
-    def best(low, high):
-        return smallest_error(x, (low, high), lambda x, low, high: fake_quantize(x, *scale_and_zero_point(low, high), bits),
-                              importance)
+    def levels(low, high):
+        scale, zero_point = scale_and_zero_point(low[..., None], high[..., None])
+        return scale * (torch.arange(2 ** bits, device=x.device) - zero_point.round())
 
+    sums = sorted_sums(x, importance)
     # zero stays inside the range: padding and the floor of GELU and softmax are then represented almost exactly
-    fractions = CLIPPING_GRID.to(x).view(-1, 1, 1)
-    lowest = fractions * x.amin(1, keepdim=True).clamp_max(0)  # (K, R, 1)
+    fractions = CLIPPING_GRID.to(x)
+    lowest = fractions * x.amin(1, keepdim=True).clamp_max(0)  # (R, K)
     highest = fractions * x.amax(1, keepdim=True).clamp_min(0)
-    low, high = best(lowest, highest)
-    low, high = best(low[None], torch.cat([high[None], highest]))
-    low, high = best(torch.cat([low[None], lowest]), high[None])
+    low, high = smallest_error(*sums, (lowest, highest), levels)
+    low, high = smallest_error(*sums, (low, torch.cat([high, highest], 1)), levels)
+    low, high = smallest_error(*sums, (torch.cat([low, lowest], 1), high), levels)
     return scale_and_zero_point(low, high)
 
 
 def weight_scale(weight, bits):
     """Eq. (6) for weights: (O, ...) -> (O, 1)."""
     rows = weight.flatten(1)
-    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-8)
-    candidates = CLIPPING_GRID.to(rows).view(-1, 1, 1) * largest / weight_range(bits)[1]  # (K, O, 1)
-    return smallest_error(rows, (candidates,), lambda w, scale: fake_quantize_weight(w, scale, bits))[0]
+    smallest, largest = weight_range(bits)
+    candidates = CLIPPING_GRID.to(rows) * rows.abs().amax(1, keepdim=True).clamp_min(1e-8) / largest  # (O, K)
+    return smallest_error(*sorted_sums(rows, torch.ones_like(rows)), (candidates,), lambda scale:
+                          scale[..., None] * torch.arange(smallest, largest + 1, device=rows.device))[0]
 
 
 class ActivationQuantizer(nn.Module):
