@@ -400,6 +400,18 @@ def test_saved_and_loaded_logits_are_equal_bit_for_bit(family, bits, tmp_path):
     assert config["bits"] == bits and config["source"] == "nowhere"
 
 
+@pytest.mark.parametrize("bits", [TERNARY, 4])
+def test_weights_halfway_between_two_levels_are_saved_as_the_forward_rounds_them(bits):
+    layer = vitq.QuantLinear(torch.nn.Linear(100, 256), bits, None)
+    low, high = vitq.weight_range(bits)
+    with torch.no_grad():
+        layer.weight_log_scale.copy_(torch.linspace(-4, -1, 256)[:, None])
+        layer.weight.copy_(layer.weight_log_scale.exp() * (torch.randint(low, high, (256, 100)) + 0.5))
+        expected = layer.effective_weight().clone()
+        layer.set_integers(layer.integers())
+        assert torch.equal(layer.effective_weight(), expected)
+
+
 def test_a_ternary_vit_ti_is_a_tenth_of_its_size(tmp_path):
     model = ViTForImageClassification(ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3,
                                                 intermediate_size=768, num_labels=1000))
@@ -646,7 +658,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     assert distance(of_two, of_one) < 0.3 * moved < 0.5 * moved < distance(of_half, of_one)
 
 
-def test_torchrun(workplace):
+def test_torchrun(workplace, capsys, monkeypatch):
     """The command, in two processes: one result, and the loss of one process with the doubled batch.
 
     Of two steps, the second roughly, since rounding amplifies: parameters changed by 1e-7 give another second loss by 2 %,
@@ -654,11 +666,12 @@ def test_torchrun(workplace):
     """
     line = ["quantize.py", "--model", str(HERE / "tiny" / "vit"), "--bits", "w3a3", "--images", "photos", "--steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for out, launcher, batch in (("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"], "4"), ("one", [], "8")):
-        done = subprocess.run([sys.executable, *launcher, str(HERE / line[0]), *line[1:], "--batch", batch, "--out", out],
-                              env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("MB packed") == 1
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(HERE / line[0]), *line[1:],
+                           "--batch", "4", "--out", "two"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status, output, err = command(" ".join([*line, "--batch", "8", "--out", "one", "--device", "cpu"]), capsys, monkeypatch)
+    assert status == 0, err
+    assert done.stdout.count("MB packed") == output.count("MB packed") == 1
     two, one = (json.loads(Path(out, "metrics.json").read_text()) for out in ("two", "one"))
     assert two["processes"] == 2 and one["processes"] == 1
     assert two["loss_first"] == pytest.approx(one["loss_first"], rel=1e-4)
@@ -1255,7 +1268,8 @@ def readme_commands():
 
 
 def test_every_command_of_the_readme_runs(workplace, capsys, monkeypatch):
-    """As printed and in its order, but for two steps instead of hundreds, and tiny's models under the hub's names."""
+    """As printed and in its order, but for two steps instead of hundreds, one picture a prompt, and tiny's models under the
+    hub's names."""
     known = {"pip install -r requirements.txt", "python -m pytest -q", "python tiny/train.py"}
     scripts = [line.removeprefix("python ") for line in readme_commands() if line not in known]
     assert {line.split()[0] for line in scripts} == {*SCRIPTS, "tiny/shapes.py", "torchrun"}
@@ -1274,7 +1288,7 @@ def test_every_command_of_the_readme_runs(workplace, capsys, monkeypatch):
             shapes.main()
             continue
         parsed = SCRIPTS[script].parser().parse_args(arguments)
-        quick = " --steps 2 --batch 4" if script == "quantize.py" else ""
+        quick = {"quantize.py": " --steps 2 --batch 4", "generate.py": " --per-mode 1", "eval.py": ""}[script]
         status, out, err = command(" ".join([script, *arguments]) + quick, capsys, monkeypatch)
         assert status == 0, (line, err)
         assert script == "generate.py" or not parsed.data or "agreement" in out

@@ -260,7 +260,8 @@ class QuantWeight:
     @torch.no_grad()
     def integers(self):
         """The integers of Eq. (2) or (3), int8, shaped as the weight. Only after `fold`."""
-        return torch.clamp((self.weight / self.weight_log_scale.exp()).round(), *weight_range(self.weight_bits)).char()
+        # as the forward rounds: W / s and W (1 / s) may lie on two sides of a half
+        return clip((self.weight * (1 / self.weight_log_scale.exp())).round(), *weight_range(self.weight_bits)).char()
 
     @torch.no_grad()
     def set_integers(self, q):
