@@ -1062,11 +1062,13 @@ def test_a_picture_does_not_depend_on_what_else_is_painted(workplace, capsys, mo
     assert np.abs(few.astype(int) - many).max() <= 1 and np.abs(few[0].astype(int) - few[1]).max() > 50
 
 
-def test_processes_share_the_classes_out_and_may_die(workplace):
+def test_processes_share_the_classes_out_and_may_die(workplace, capsys, monkeypatch):
     """Two processes, killed in the middle; two of torchrun finish the rest, and paint what a single one would have painted."""
-    command = [str(HERE / "generate.py"), *"--model tiny --class all --prompts text --modes 2 --per-mode 2 --out".split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
-    killed = [subprocess.Popen([sys.executable, *command, "shared"], env={**environment, "RANK": rank}) for rank in "01"]
+    line = "generate.py --model tiny --device cpu --class all --prompts text --modes 2 --per-mode 2 --out"
+    script = [str(HERE / "generate.py"), *line.split()[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    killed = [subprocess.Popen([sys.executable, *script, "shared"], env={**environment, "WORLD_SIZE": "2", "RANK": rank})
+              for rank in "01"]
     while len(list(Path(".").glob("shared/*/m00_0000.png"))) < 3:
         assert all(process.poll() is None for process in killed)
         time.sleep(0.01)
@@ -1074,12 +1076,19 @@ def test_processes_share_the_classes_out_and_may_die(workplace):
         process.kill()
         process.wait()
     assert len(list(Path(".").glob("shared/*/grid.png"))) < 12
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *script, "shared"],
+                          capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the others: with more, convolutions add in another order
+    try:
+        status, output, err = command(f"{line} alone", capsys, monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0, err
     outputs = {}
-    for out, launcher in (("shared", ["-m", "torch.distributed.run", "--nproc_per_node=2"]), ("alone", [])):
-        done = subprocess.run([sys.executable, *launcher, *command, out], capture_output=True, text=True,
-                              env={name: value for name, value in environment.items() if name != "WORLD_SIZE"})
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"{out}: 48 pictures") == 1
+    for out, printed in (("shared", done.stdout), ("alone", output)):
+        assert printed.count(f"{out}: 48 pictures") == 1
         assert len(list(Path(out).glob("*/prompts.safetensors"))) == 12
         outputs[out] = {path.relative_to(out): path.read_bytes() for path in Path(out).rglob("*.png")}
     assert len(outputs["alone"]) == 12 * (4 + 1)
@@ -1143,7 +1152,7 @@ def drawn(tmp_path_factory):
 
 def test_tiny_vit_is_right_and_fragile(drawn, tiny_classifier):
     """97 % or better, of which round to nearest with ternary weights loses at least 30 points."""
-    images, labels = drawn
+    images, labels = (part[::3] for part in drawn)
     pixels = tiny_classifier.preprocessing.normalizer("cpu")(images)
     student = vitq.quantize_modules(copy.deepcopy(tiny_classifier.model), "w158a8")
     torch.manual_seed(0)
@@ -1268,15 +1277,15 @@ def readme_commands():
 
 
 def test_every_command_of_the_readme_runs(workplace, capsys, monkeypatch):
-    """As printed and in its order, but for two steps instead of hundreds, one picture a prompt, and tiny's models under the
-    hub's names."""
+    """As printed and in its order, but for one or two steps instead of hundreds, one picture a prompt, and tiny's models
+    under the hub's names."""
     known = {"pip install -r requirements.txt", "python -m pytest -q", "python tiny/train.py"}
     scripts = [line.removeprefix("python ") for line in readme_commands() if line not in known]
     assert {line.split()[0] for line in scripts} == {*SCRIPTS, "tiny/shapes.py", "torchrun"}
     for name in evaluation.MODELS:
         monkeypatch.setitem(evaluation.MODELS, name, str(HERE / "tiny" / "vit"))
     monkeypatch.setattr(generate, "SD_TURBO", generate.TINY_TURBO)
-    monkeypatch.setattr(prompts, "STEPS", 2)
+    monkeypatch.setattr(prompts, "STEPS", 1)
     monkeypatch.setattr(prompts, "CANDIDATES", 1)
     monkeypatch.setattr(quantize, "PICTURES", 1)
     monkeypatch.setattr(shapes, "test_folder", lambda: "imagenet/val")
@@ -1548,10 +1557,10 @@ def test_the_real_vit_ti_gives_its_accuracy():
     classifier = evaluation.load_classifier(str(IMAGENET / "vit_tiny"))
     assert classifier.class_names[21] == "kite" and len(classifier.class_names) == 1000
     paths, labels = evaluation.labelled_images(IMAGENET / "val", classifier.class_names)
-    result = evaluation.evaluate({evaluation.FULL_PRECISION: classifier.model}, classifier.preprocessing, paths, labels,
-                                 torch.device("cpu"))[evaluation.FULL_PRECISION]
-    assert len(paths) == 1000
-    assert result["top1"] == pytest.approx(82.4, abs=0.1) and result["top5"] == pytest.approx(95.9, abs=0.1)
+    assert len(paths) == 1000  # of all of them, 82.4 and 95.9 %
+    result = evaluation.evaluate({evaluation.FULL_PRECISION: classifier.model}, classifier.preprocessing, paths[::4],
+                                 labels[::4], torch.device("cpu"))[evaluation.FULL_PRECISION]
+    assert result["top1"] == pytest.approx(83.2, abs=0.1) and result["top5"] == pytest.approx(95.2, abs=0.1)
 
 
 @pytest.mark.skipif(not IMAGENET.exists(), reason="needs ../shared/imagenet")
