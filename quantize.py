@@ -43,15 +43,15 @@ WEIGHT_WALK = 7.5e-3
 SHORT = 600  # steps; in fewer, the rate rises no more: at 1e-3, 60 steps break more of a ViT than they mend
 VECTOR_LR = 1e-3  # biases and LayerNorms: what rounding adds in the mean, a bias takes away again
 QUANTIZER_LR = 2e-3  # scales and r are logarithms, zero points are counted in quantization steps
-BETAS = 0.9, 0.99  # of Adam: gradients shrink as the student learns, and 1,000 steps are too long a memory of them
+BETAS = 0.9, 0.99  # of Adam: the size of gradients is remembered for 100 steps, since it shrinks as the student learns
 WARMUP = 0.02  # of the steps: the learning rates rise, since at first Adam knows no gradient's size
 FADE = 0.5  # of the steps: ternary weights fade from W to W^, since a ViT whose weights are ternary at once knows nothing
 # a_f and a_z of Eq. (11). What the blocks compute for every token says far more of an image than its class probabilities:
-# with equal weights, Eq. (10) on images held back is a fifth to two fifths higher. Both are needed (README.md).
+# with equal weights, Eq. (10) on images held back is a third to two thirds higher. Both are needed (README.md).
 FEATURE_WEIGHT, LOGIT_WEIGHT = 50.0, 1.0
 MARGIN = 1 / 7  # by which calibration images exceed the network's input, for the random crops: 32 pixels of 224
 SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # of random crops: the side, as a fraction of the picture's, and the largest distortion
-STEPS, BATCH = 5200, 64
+STEPS, BATCH = 12_000, 64  # as many pictures as 24,000 steps of 32
 TINY_STEPS, TINY_BATCH = 600, 32  # for --model tiny, whose pictures are learned in less
 PICTURES = 960  # that are painted where no images are given: at least so many, and at least one a prompt
 READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU wait
