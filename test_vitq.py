@@ -1221,18 +1221,26 @@ def test_the_noise_of_tinys_training_is_standard_normal_and_tells_the_nuisances(
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 
-def test_quantize_paints_what_it_needs(workplace, capsys, monkeypatch):
-    """The README's first command: no images are given, so they are painted, quantized with, evaluated on drawn ones."""
+def in_seconds(monkeypatch):
+    """Two prompts a class, one step and one picture each, little to choose from, and scales from a thousand values."""
+    monkeypatch.setattr(generate.settings_of, "__defaults__", (None, "learned", 2, 0))
     monkeypatch.setattr(prompts, "STEPS", 1)
     monkeypatch.setattr(prompts, "CANDIDATES", 1)
+    monkeypatch.setattr(prompts, "NOISE_PICTURES", 4)
     monkeypatch.setattr(quantize, "PICTURES", 1)
+    monkeypatch.setattr(vitq, "INITIALIZATION_VALUES", 2 ** 10)
+
+
+def test_quantize_paints_what_it_needs(workplace, capsys, monkeypatch):
+    """The README's first command: no images are given, so they are painted, quantized with, evaluated on drawn ones."""
+    in_seconds(monkeypatch)
     shapes.write_folder("drawn", 2, 3)
     monkeypatch.setattr(shapes, "test_folder", lambda: "drawn")
     status, out, err = command("quantize.py --model tiny --bits w158a8 --steps 2 --batch 4", capsys, monkeypatch)
     assert status == 0, err
     assert "12 of 12 classes are missing" in out and "minutes" in out and "recognised" in out and "w158a8 joint" in out
     metrics = json.loads(Path("quantized/tiny-w158a8/metrics.json").read_text())
-    assert metrics["images"] == ["generated/tiny"] and metrics["num_images"] == 240  # the grids are not among them
+    assert metrics["images"] == ["generated/tiny"] and metrics["num_images"] == 24  # the grids are not among them
     status, out, _ = command("quantize.py --model tiny --bits w4a4 --method rtn", capsys, monkeypatch)
     assert status == 0 and "missing" not in out
 
@@ -1277,17 +1285,15 @@ def readme_commands():
 
 
 def test_every_command_of_the_readme_runs(workplace, capsys, monkeypatch):
-    """As printed and in its order, but for one or two steps instead of hundreds, one picture a prompt, and tiny's models
-    under the hub's names."""
+    """As printed and in its order, but for one or two steps instead of hundreds, two prompts a class, one picture a prompt,
+    and tiny's models under the hub's names."""
     known = {"pip install -r requirements.txt", "python -m pytest -q", "python tiny/train.py"}
     scripts = [line.removeprefix("python ") for line in readme_commands() if line not in known]
     assert {line.split()[0] for line in scripts} == {*SCRIPTS, "tiny/shapes.py", "torchrun"}
     for name in evaluation.MODELS:
         monkeypatch.setitem(evaluation.MODELS, name, str(HERE / "tiny" / "vit"))
     monkeypatch.setattr(generate, "SD_TURBO", generate.TINY_TURBO)
-    monkeypatch.setattr(prompts, "STEPS", 1)
-    monkeypatch.setattr(prompts, "CANDIDATES", 1)
-    monkeypatch.setattr(quantize, "PICTURES", 1)
+    in_seconds(monkeypatch)
     monkeypatch.setattr(shapes, "test_folder", lambda: "imagenet/val")
     for line in scripts:
         # torchrun's two processes would not have what is set here; test_torchrun and the test of generate.py start them
@@ -1297,7 +1303,7 @@ def test_every_command_of_the_readme_runs(workplace, capsys, monkeypatch):
             shapes.main()
             continue
         parsed = SCRIPTS[script].parser().parse_args(arguments)
-        quick = {"quantize.py": " --steps 2 --batch 4", "generate.py": " --per-mode 1", "eval.py": ""}[script]
+        quick = {"quantize.py": " --steps 2 --batch 4", "generate.py": " --modes 2 --per-mode 1", "eval.py": ""}[script]
         status, out, err = command(" ".join([script, *arguments]) + quick, capsys, monkeypatch)
         assert status == 0, (line, err)
         assert script == "generate.py" or not parsed.data or "agreement" in out
