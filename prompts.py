@@ -1,254 +1,240 @@
-"""The multi-mode prompt trainer: K prompts a class, whose pictures show the class and differ from one another.
+"""The multi-mode prompt trainer: K prompts per class, whose pictures show the class and differ.
 
     python generate.py --class kite --modes 20
 
-is the command; this file is Eq. (12) and (14)-(17). What is learned are a few pseudo-tokens in front of the class name,
-vectors in the space of the text encoder's word embeddings. Generator, text encoder and classifier stay as they are.
+is the command; this file is Eq. (12) and (14)-(17). Learning several prompts per class, and asking
+their embeddings and the features of their pictures to differ, is [paper]. The form of each equation
+and every constant is [ours]. What is learned are pseudo-tokens before the class's name: vectors in
+the space of the text encoder's word embeddings. Generator, encoder and classifier stay frozen.
 """
 import functools
 import json
 import math
-import os
 import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
+from torch.utils.checkpoint import checkpoint
 
-from vitq import BadInput
+from eval import RecordedStep
+from vitq import BadInput, reading, write_whole
 
 TEMPLATE = "a photo of"
 SLOT = "*"  # marks in a prompt's text where its pseudo-tokens stand
 PSEUDO_TOKENS = 4  # m
-STEPS = 40
-RECORD_AT = 2  # the step that is recorded on a GPU; the libraries have settled by then
-LEARNING_RATE = 0.05  # in units of the size of an embedding's numbers: generators differ in it by a factor of ten
+STEPS = 10
+LEARNING_RATE = 0.05  # in units of the size of a number of an embedding, which differs by generator
 PROMPT_WEIGHT, IMAGE_WEIGHT = 0.1, 1.0  # b_p and b_i of Eq. (17)
-CANDIDATES = 16  # random prompts for each mode, from which the start is chosen
-START_WEIGHT = 3.0  # of the cosine there, which is that of the nearest pair, where b_i weighs the mean of all pairs
+CANDIDATES = 16  # random prompts per mode, from which the start is chosen
+START_WEIGHT = 3.0  # of likeness there: of the nearest pair, where b_i weighs the mean of all pairs
 NOISE_PICTURES = 64  # of the bare class prompt, to see what noise changes
-# the baseline's "a <adjective> photo of <adjective> <class>"
-ADJECTIVES = ["small", "large", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "striped",
-              "dotted", "checkered"]
+# of the baseline "a <adjective> photo of <adjective> <class>" [paper]; the words are [ours]
+ADJECTIVES = ["small", "large", "red", "orange", "yellow", "green", "blue", "purple", "pink",
+              "brown", "striped", "dotted", "checkered"]
 
 
 # -------------------- Eq. (12): from prompts to what the generator is conditioned on
 
-def token_ids(tokenizer, text, pseudo_tokens):
-    """The ids of one prompt, filled up to the tokenizer's full length, and where its pseudo-tokens begin.
-
-    A class name too long for the encoder is cut; the end token stays, which causal encoders gather the prompt in.
-    """
-    before, _, after = text.partition(SLOT)
-    before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in (before, after))
-    start = 1 + len(before)
-    # the pseudo-tokens' places hold the id of the start token, since their embedding will be replaced, and since the
-    # encoder finds the end of the prompt by looking for the end token's id
-    ids = [tokenizer.bos_token_id, *before, *[tokenizer.bos_token_id] * pseudo_tokens, *after]
-    ids = [*ids[:tokenizer.model_max_length - 1], tokenizer.eos_token_id]
-    return ids + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids)), start
-
-
 @functools.lru_cache
-def ids_of_prompts(tokenizer, texts, pseudo_tokens, device):
-    """The ids of K texts, (K, tokens), and where the pseudo-tokens begin in all of them. Cached: each step asks again."""
-    ids, starts = zip(*(token_ids(tokenizer, text, pseudo_tokens) for text in texts))
-    return torch.tensor(ids, device=device), starts[0]
+def token_ids(tokenizer, texts, pseudo_tokens, length, device):
+    """The ids of K texts, (K, length), and where their pseudo-tokens begin. A long name is cut.
 
-
-def encode(text_encoder, tokenizer, texts, pseudo_tokens):
-    """Eq. (12): K texts and their pseudo-tokens (K, m, d) -> e_ck (K, tokens, width). m = 0 encodes plain texts.
-
-    All texts must have their pseudo-tokens at the same place. Differentiable in the pseudo-tokens.
+    The places of the pseudo-tokens hold the start token: its embedding will be replaced there, and
+    the encoder finds the end of a prompt by the id of the end token. Cached: each step asks again.
     """
-    count = pseudo_tokens.shape[1]
-    ids, start = ids_of_prompts(tokenizer, tuple(texts), count, text_encoder.device)
+    slots = tokenizer.bos_token * pseudo_tokens
+    ids = tokenizer([text.replace(SLOT, slots, 1) for text in texts], padding="max_length",
+                    truncation=True, max_length=length, return_tensors="pt").input_ids
+    start = ids[0, 1:].tolist().index(tokenizer.bos_token_id) + 1 if pseudo_tokens else 1
+    return ids.to(device), start
 
-    def splice(embedding, inputs, embedded):  # (K, tokens, d); positions are added afterwards, to the spliced row
-        return torch.cat([embedded[:, :start], pseudo_tokens.to(embedded.dtype), embedded[:, start + count:]], 1)
 
-    handle = text_encoder.get_input_embeddings().register_forward_hook(splice) if count else None
-    try:
+def encode(text_encoder, tokenizer, texts, v):
+    """Eq. (12): e_ck = T("a photo of  v_ck1 ... v_ckm  <class>"). [ours]
+
+    K texts and their pseudo-tokens v (K, m, d) -> (K, tokens, width). m = 0 encodes plain texts.
+    """
+    m = v.shape[1]
+    ids, start = token_ids(tokenizer, tuple(texts), m, text_encoder.config.max_position_embeddings,
+                           text_encoder.device)
+
+    def splice(embedding, inputs, embedded):  # (K, tokens, d), before the positions are added
+        return torch.cat([embedded[:, :start], v.to(embedded.dtype), embedded[:, start + m:]], 1)
+
+    with text_encoder.get_input_embeddings().register_forward_hook(splice):
         return text_encoder(ids)[0]
-    finally:
-        if handle:
-            handle.remove()
 
 
 # -------------------- Eq. (14)-(17): the losses
 
 def class_loss(logits, label):
-    """Eq. (14): the picture shows the class. logits (K, classes)."""
+    """Eq. (14): L_cls = CE(f(x_ck), c). logits (K, classes). [ours]"""
     return F.cross_entropy(logits, torch.full((len(logits),), label, device=logits.device))
 
 
 def mean_cosine(vectors):
-    """Eq. (15) of the pseudo-tokens, Eq. (16) of the pictures' features: the mean over k < k' of their cosine.
+    """Eq. (15): L_prompt = mean over k < k' of cos(v_ck, v_ck'). [ours]
+    Eq. (16): L_image = mean over k < k' of cos(P phi(x_ck), P phi(x_ck')). [ours]
 
-    vectors (K, ...). The pairs need no loop: with unit vectors, |sum_k u_k|^2 = K + 2 sum_{k < k'} cos(u_k, u_k').
+    vectors (K, ...). The pairs need no loop: with unit vectors u, |sum_k u_k|^2 is K plus twice the
+    sum of all cosines.
     """
-    units = F.normalize(vectors.flatten(1), dim=1)
-    count = len(units)
-    return (units.sum(0).square().sum() - count) / max(count * (count - 1), 1)
+    u = F.normalize(vectors.flatten(1), dim=1)
+    return (u.sum(0).square().sum() - len(u)) / max(len(u) * (len(u) - 1), 1)
+
+
+def noise_directions(phi):
+    """Orthonormal directions, (N - 1, features), in which the pictures of one prompt differ.
+
+    phi (N, features). It is noise that moves them there: position and tilt, say. Fresh noise brings
+    that for nothing, so P of Eq. (16) takes it out. With it, pictures by day and by night would be
+    as alike as two of one prompt, and modes would differ in size but hardly in colour or place.
+    """
+    return torch.linalg.svd(phi - phi.mean(0), full_matrices=False).Vh[:-1]
+
+
+def project(phi, directions):
+    """P phi of Eq. (16): phi (K, features) without its part in `directions`."""
+    return phi - phi @ directions.T @ directions
+
+
+def prompt_loss(logits, label, v, phi, directions):
+    """Eq. (17): L = L_cls + b_p L_prompt + b_i L_image. [ours]"""
+    return (class_loss(logits, label) + PROMPT_WEIGHT * mean_cosine(v)
+            + IMAGE_WEIGHT * mean_cosine(project(phi, directions)))
 
 
 # -------------------- The trainer
 
-def look(sampler, classifier, texts, pseudo_tokens, noise):
-    """Eq. (12) and (13), then the classifier: logits (K, classes) and phi (K, features) of a picture of each prompt."""
-    embeddings = encode(sampler.text_encoder, sampler.tokenizer, texts, pseudo_tokens)
-    return classifier.features((sampler(embeddings, noise, sampler.taesd) + 1) / 2)
+def look(sampler, classifier, text, v, noise, micro_batch):
+    """Eq. (12) and (13), then the classifier: logits (K, classes) and phi (K, features).
 
-
-def noise_directions(phi):
-    """Orthonormal directions (N - 1, features) in which phi (N, features) of N pictures of one prompt differ.
-
-    They are what noise alone changes: position and tilt, say. Fresh noise brings that for nothing, so Eq. (16) leaves it
-    out of phi. With it, a picture by night and one by day would look as near as two pictures of the same prompt, and the
-    modes would differ in size and class, which weigh most in a classifier's features, but hardly in colour or place.
+    v (K, m, d), noise (K, 4, h, w). If K exceeds `micro_batch`, no more than that go through the
+    generator at a time, and again when the gradient needs them, which bounds the memory.
     """
-    return torch.linalg.svd(phi - phi.mean(0), full_matrices=False).Vh[:-1]
+    def paint(v, noise):
+        e = encode(sampler.text_encoder, sampler.tokenizer, [text] * len(v), v)
+        return classifier.features((sampler(e, noise, sampler.taesd) + 1) / 2)
+
+    if len(v) <= micro_batch:
+        return paint(v, noise)
+    parts = [checkpoint(paint, *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(v.split(micro_batch), noise.split(micro_batch))]
+    return [torch.cat(outputs) for outputs in zip(*parts)]
 
 
 def choose(losses, phi, count):
     """Where to start: the indices of `count` of N candidates, chosen one after the other.
 
-    Each time the one with the least Eq. (14), `losses` (N,), plus START_WEIGHT times the cosine of its phi (N, features)
-    with the nearest of those chosen already.
+    Each time the one with the least Eq. (14), `losses` (N,), plus START_WEIGHT times the cosine of
+    its phi (N, features) with the nearest of those chosen already.
     """
-    units, chosen = F.normalize(phi, dim=1), [losses.argmin().item()]
+    u, chosen = F.normalize(phi, dim=1), [losses.argmin().item()]
     while len(chosen) < count:
-        scores = losses + START_WEIGHT * (units @ units[chosen].T).amax(1)
+        scores = losses + START_WEIGHT * (u @ u[chosen].T).amax(1)
         scores[chosen] = math.inf
         chosen.append(scores.argmin().item())
     return chosen
 
 
 def whole_words(tokenizer):
-    """The ids of the tokens that are a word of three letters or more; the others are pieces, digits, signs."""
-    return torch.tensor(sorted(i for token, i in tokenizer.get_vocab().items() if re.fullmatch("[a-z]{3,}</w>", token)))
+    """The ids of the tokens that are a word of three letters or more: no pieces, digits, signs."""
+    return torch.tensor(sorted(i for token, i in tokenizer.get_vocab().items()
+                               if re.fullmatch("[a-z]{3,}</w>", token)))
 
 
-def learn(sampler, classifier, label, name, modes, seed, steps, micro_batch, progress=None):
-    """K = `modes` prompts of the class `label`, called `name`: their texts and their pseudo-tokens (K, m, d).
+def random_of(*numbers):
+    """A source of random numbers of its own for each seed, class, ..."""
+    state = np.random.SeedSequence(numbers).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(state))
 
-    sampler: of generate.py, Eq. (13). classifier: f and phi of Eq. (14) and (16), of eval.py. `micro_batch` modes go
-    through the generator at a time, which bounds the memory; Eq. (15) and (16) see all K of them nevertheless.
-    progress: called with the loss after each step. Raises BadInput at a non-finite loss.
+
+def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress=lambda loss: None):
+    """K = `modes` prompts of the class `label`, called `name`: texts, and pseudo-tokens (K, m, d).
+
+    sampler: of generate.py, Eq. (13). classifier: f and phi of Eq. (14) and (16), of eval.py.
+    progress: called with the loss after each step. Raises BadInput at a loss that is not finite.
     """
-    table = sampler.text_encoder.get_input_embeddings().weight.float()  # (vocabulary, d)
-    scale = table.square().mean().sqrt().item()  # of one number of an embedding: 0.1 in tiny/turbo, 0.01 in SD-Turbo
-    random = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, label]).generate_state(1)[0]))
+    embeddings = sampler.text_encoder.get_input_embeddings().weight.float()  # (vocabulary, d)
+    random = random_of(seed, label)
     text = f"{TEMPLATE} {SLOT} {name}"
+    with torch.no_grad():
+        bare = embeddings.new_zeros(NOISE_PICTURES, 0, embeddings.shape[1])
+        _, phi = look(sampler, classifier, f"{TEMPLATE} {name}", bare,
+                      sampler.noise(NOISE_PICTURES, random), micro_batch)
+        directions = noise_directions(phi)
+        # Words at random: gradients alone, from near the class's name, find few of the colours,
+        # places and poses that the generator knows a word for.
+        words = whole_words(sampler.tokenizer)
+        drawn = torch.randint(len(words), (CANDIDATES * modes, PSEUDO_TOKENS), generator=random)
+        candidates = embeddings[words[drawn].to(embeddings.device)]
+        logits, phi = look(sampler, classifier, text, candidates,
+                           sampler.noise(len(candidates), random), micro_batch)
+        losses = -logits.log_softmax(1)[:, label]  # Eq. (14), of each
+        v = candidates[choose(losses, project(phi, directions), modes)].requires_grad_(True)
 
-    @torch.no_grad()
-    def look_at_all(text, pseudo_tokens):
-        noise = sampler.noise(len(pseudo_tokens), random)
-        at_once = 2 * micro_batch  # without gradients, that many fit
-        parts = [look(sampler, classifier, [text] * len(part), part, its_noise)
-                 for part, its_noise in zip(pseudo_tokens.split(at_once), noise.split(at_once))]
-        return (torch.cat(outputs) for outputs in zip(*parts))
-
-    _, phi = look_at_all(f"{TEMPLATE} {name}", table.new_zeros(NOISE_PICTURES, 0, table.shape[1]))
-    directions = noise_directions(phi)
-
-    def visible(phi):
-        return phi - phi @ directions.T @ directions
-
-    # The start: words at random. Gradients alone, from near the class's name, find few of the colours, places and
-    # poses that the generator knows a word for.
-    words = whole_words(sampler.tokenizer)
-    drawn = words[torch.randint(len(words), (CANDIDATES * modes, PSEUDO_TOKENS), generator=random)].to(table.device)
-    logits, phi = look_at_all(text, table[drawn])
-    labels = torch.full((len(logits),), label, device=logits.device)
-    chosen = choose(F.cross_entropy(logits, labels, reduction="none"), visible(phi), modes)
-    pseudo_tokens = table[drawn[chosen]].requires_grad_(True)
-
-    optimizer = torch.optim.AdamW([pseudo_tokens], lr=LEARNING_RATE * scale)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    parts = [slice(first, first + micro_batch) for first in range(0, modes, micro_batch)]
-
-    noise, total = sampler.noise(modes, random), torch.zeros((), device=table.device)
+    optimizer = torch.optim.Adam([v], lr=LEARNING_RATE * embeddings.square().mean().sqrt().item())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(STEPS, 1))
+    noise, latest = sampler.noise(modes, random), torch.zeros((), device=v.device)
 
     def gradient():
-        """Sets the pseudo-tokens' gradient to that of Eq. (17), and `total` to the loss."""
         optimizer.zero_grad()
-        others = None
-        if len(parts) > 1:
-            with torch.no_grad():
-                others = torch.cat([look(sampler, classifier, [text] * len(noise[part]), pseudo_tokens[part],
-                                         noise[part])[1] for part in parts])
-        loss = PROMPT_WEIGHT * mean_cosine(pseudo_tokens)  # Eq. (15)
+        logits, phi = look(sampler, classifier, text, v, noise, micro_batch)
+        loss = prompt_loss(logits, label, v, phi, directions)
         loss.backward()
-        total.copy_(loss.detach())
-        for part in parts:
-            logits, phi = look(sampler, classifier, [text] * len(noise[part]), pseudo_tokens[part], noise[part])
-            # the features of the other modes are constants here; the parts' gradients add up to that of Eq. (16)
-            everyone = phi if others is None else torch.cat([others[:part.start], phi, others[part.stop:]])
-            share = len(phi) / modes
-            classes, images = share * class_loss(logits, label), IMAGE_WEIGHT * mean_cosine(visible(everyone))
-            (classes + images).backward()  # Eq. (17), these modes' part of it
-            total.add_((classes + share * images).detach())
+        latest.copy_(loss.detach())
 
-    # Launching the thousands of small kernels of a gradient, most of them the text encoder's, takes a GPU longer than running
-    # them: one gradient is recorded as a CUDA graph and replayed as a whole. Recording needs a stream of its own.
-    on_gpu = table.is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream() if on_gpu else None):
-        for step in range(steps):
-            if step:
-                noise.copy_(sampler.noise(modes, random))  # fresh: a prompt must hold for any noise, not for one
-            if on_gpu and step == RECORD_AT:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    gradient()
-                gradient = graph.replay
-            gradient()
-            optimizer.step()
-            schedule.step()
-            loss = total.item()  # waits for all of that
-            if not math.isfinite(loss):
-                raise BadInput(f"class {name!r}: the loss of its prompts is not finite at step {step + 1} of {steps}; they "
-                               "were not written. Try another --seed")
-            if progress:
-                progress(loss)
-    return [text] * modes, pseudo_tokens.detach()
+    gradient = RecordedStep(gradient, v.device)
+    for step in range(STEPS):
+        noise.copy_(sampler.noise(modes, random))  # fresh: a prompt must hold for any noise
+        gradient()
+        optimizer.step()
+        schedule.step()
+        loss = latest.item()
+        if not math.isfinite(loss):
+            raise BadInput(f"class {name!r}: the loss is not finite at step {step + 1} of {STEPS}; "
+                           "its prompts were not written. Try another --seed")
+        progress(loss)
+    return [text] * modes, v.detach()
 
 
 def plain(kind, label, name, modes, seed):
-    """The baselines: K texts without pseudo-tokens. kind "class": the bare class; "text": with two adjectives."""
+    """The baselines: K texts. kind "class": the bare class; "text": with two adjectives."""
     if kind == "class":
         return [f"{TEMPLATE} {name}"] * modes
     random = np.random.default_rng([seed, label])
-    return ["a {} photo of {} {}".format(*random.choice(ADJECTIVES, 2, replace=False), name) for _ in range(modes)]
+    return ["a {} photo of {} {}".format(*random.choice(ADJECTIVES, 2, replace=False), name)
+            for _ in range(modes)]
 
 
 # -------------------- Files
 
-def save_prompts(path, texts, pseudo_tokens, settings):
-    """One class's prompts: the pseudo-tokens in float16, 164 kB for 20 modes of SD-Turbo; all else as metadata of strings.
+def constants():
+    """What learned prompts depend on besides the command line."""
+    return {name.lower(): globals()[name] for name in (
+        "TEMPLATE", "PSEUDO_TOKENS", "STEPS", "LEARNING_RATE", "PROMPT_WEIGHT", "IMAGE_WEIGHT",
+        "CANDIDATES", "START_WEIGHT", "NOISE_PICTURES")}
 
-    Their numbers are about 0.01 large, and every generator of half precision rounds them more coarsely still.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"pseudo_tokens": pseudo_tokens.half().cpu().contiguous()}, aside,
-              {"texts": json.dumps(texts), "settings": json.dumps(settings)})
-    os.replace(aside, path)
+
+def save_prompts(path, texts, pseudo_tokens, settings):
+    """One class's prompts: the pseudo-tokens in float16 (164 kB for 20 modes of SD-Turbo), the rest
+    as metadata. A number of theirs is about 0.01: a generator in half precision rounds it more."""
+    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu().contiguous()},
+                           {"texts": json.dumps(texts), "settings": json.dumps(settings)}))
 
 
 def load_prompts(path, settings):
-    """The texts and the pseudo-tokens (K, m, d) of `save_prompts`. Raises BadInput if they were made otherwise."""
-    try:
+    """Texts and pseudo-tokens (K, m, d) of `save_prompts`. Raises BadInput if made otherwise."""
+    with reading(path, f"remove {path.parent} to have it made again"):
         with safe_open(path, "pt") as file:
             pseudo_tokens, metadata = file.get_tensor("pseudo_tokens"), file.metadata()
         texts, made_with = json.loads(metadata["texts"]), json.loads(metadata["settings"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: damaged or cut short ({error}); remove {path.parent} to have it made again") from error
-    different = [f"{key} {made_with.get(key)}, not {value}" for key, value in settings.items()
-                 if made_with.get(key) != value]
+        different = [f"{key} {made_with.get(key)}, not {value}" for key, value in settings.items()
+                     if made_with.get(key) != value]
     if different:
-        raise BadInput(f"{path}: was made with {'; '.join(different)}. Give another --out, or remove {path.parent}")
+        raise BadInput(f"{path}: was made with {'; '.join(different)}. Give another --out, or "
+                       f"remove {path.parent}")
     return texts, pseudo_tokens

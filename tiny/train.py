@@ -30,13 +30,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig
 from transformers import ViTImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from eval import RecordedStep
 from tiny import shapes
 
 PICTURES = 120_000  # of each of two sets, for the classifier and for the generator
 VIT_STEPS, VAE_STEPS, TAESD_STEPS, GENERATOR_STEPS = 6000, 4000, 4000, 10_000
 BATCH = 256
 REPORTED = 6000     # freshly drawn pictures for the figures at the end
-RECORD_AT = 4       # the step that is recorded on a GPU; the allocator and the libraries have settled by then
 TOKENS = 16         # the longest caption has 11, with its two marks
 LATENT_SIDE = 16
 ALL_DEFAULT = 0.4   # share of each attribute that is set back to its default, so that short captions are common
@@ -92,16 +92,13 @@ def centred(pictures):
 # -------------------- The loop, shared
 
 def fit(parameters, loss_of, steps, lr, description, weight_decay=0.0):
-    """AdamW with warm-up and cosine decay on `loss_of()`; prints the mean of the last losses.
-
-    Networks this small keep a GPU waiting for the next kernel, so one step is recorded there and replayed as a whole.
-    """
+    """AdamW with warm-up and cosine decay on `loss_of()`; prints the mean of the last losses."""
     device = parameters[0].device
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(lr, device=device), weight_decay=weight_decay,
-                                  betas=(0.9, 0.99), fused=True, capturable=on_gpu)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1, (done + 1) / 200) * 0.5 * (
-        1 + math.cos(math.pi * done / steps)))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=torch.tensor(lr, device=device), weight_decay=weight_decay, betas=(0.9, 0.99),
+        fused=True, capturable=device.type == "cuda")
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1, (done + 1) / 200)
+                                                 * 0.5 * (1 + math.cos(math.pi * done / steps)))
     latest, recent = torch.zeros((), device=device), []
 
     def step():
@@ -112,25 +109,17 @@ def fit(parameters, loss_of, steps, lr, description, weight_decay=0.0):
         optimizer.step()
         latest.copy_(loss.detach())
 
-    start = time.perf_counter()
-    if on_gpu:
-        torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream() if on_gpu else None), \
-            tqdm(total=steps, desc=description, unit="step", disable=None) as progress:
+    start, step = time.perf_counter(), RecordedStep(step, device)
+    with tqdm(total=steps, desc=description, unit="step", disable=None) as progress:
         for done in range(1, steps + 1):
-            if on_gpu and done == RECORD_AT:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step()
-                step = graph.replay
             step()
             schedule.step()
+            progress.update()
             if done % 50 == 0 or done == steps:
                 recent.append(latest.item())
-                progress.update(done - progress.n)
                 progress.set_postfix(loss=f"{recent[-1]:.4f}")
-    print(f"{description}: {steps} steps, {time.perf_counter() - start:.0f} s, loss {np.mean(recent[-10:]):.4f}",
-          flush=True)
+    print(f"{description}: {steps} steps, {time.perf_counter() - start:.0f} s, "
+          f"loss {np.mean(recent[-10:]):.4f}", flush=True)
 
 
 # -------------------- The classifier
