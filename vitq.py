@@ -196,7 +196,10 @@ class ActivationQuantizer(nn.Module):
         scale = self.log_scale.exp()
         if not self.enabled:
             return x / scale, scale
-        return quantize_activation(x, scale, self.zero_point, self.bits), scale
+        # As columns, so that gradients are first summed along each row, in the kernel that has it.
+        rows = [*x.shape[:-1], 1]
+        return quantize_activation(
+            x, scale.expand(rows), self.zero_point.expand(rows), self.bits), scale
 
 
 # -------------------- Layers: Eq. (2)-(5)
