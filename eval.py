@@ -4,7 +4,8 @@
     python eval.py --model quantized/vit_t-w4a4 --data imagenet/val    # quantized, and its original
     python eval.py --model quantized/vit_t-w4a4 --data photos          # no labels: agreement only
 
-No equation stands here; skip it on a first reading. Top-1 and top-5 are in percent of the images.
+Skip it on a first reading: no equation stands here but phi of Eq. (16), the features of a picture,
+in `Classifier.features`. Top-1 and top-5 are in percent of the images.
 Agreement is the percent of images whose first class is the one that the full-precision model gives:
 it needs no labels, and has less noise than the difference of two accuracies.
 """
@@ -12,30 +13,30 @@ import argparse
 import difflib
 import functools
 import json
+import logging
 import os
 import re
-import shutil
 import sys
+import unicodedata
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from huggingface_hub import logging as hub_logging
 from huggingface_hub import snapshot_download
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import ResNet18_Weights
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as VF
+from torchvision.transforms.v2 import InterpolationMode, Resize, functional as VF
 from tqdm import tqdm
-from transformers import (AutoImageProcessor, DeiTConfig, DeiTForImageClassificationWithTeacher,
-                          ViTConfig, ViTForImageClassification)
 
 import vitq
 from vitq import BadInput, reading
@@ -47,21 +48,19 @@ for size in ("tiny", "small", "base"):
     MODELS[f"vit_{size[0]}"] = f"timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k"
     MODELS[f"swin_{size[0]}"] = f"microsoft/swin-{size}-patch4-window7-224"
 MODEL_HELP = f"{', '.join(MODELS)}, a hub id (owner/name), or a folder"
-FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+CHUNK = 256  # pictures that are decoded together
 
 transformers.logging.disable_progress_bar()
-for library in (transformers.logging, hub_logging):  # what they warn of is raised here
-    library.set_verbosity_error()
+warnings.filterwarnings("ignore", module="PIL")  # of what `decode` skips and names
+logging.disable(logging.WARNING)  # what the libraries warn of is raised here
 
 
 # -------------------- Preprocessing: always the checkpoint's own
 
-# This and the normalizer are cached, since the program waits for a GPU to which it copies.
-@functools.cache
-def resizing(side, resized, crop, interpolation, device):
-    """The matrix (crop, side) that resizes a row of pixels, antialiased, and crops its centre."""
-    row = VF.resize(torch.eye(side)[None], [resized, side], InterpolationMode(interpolation))
-    return VF.center_crop(row, [crop, side])[0].to(device)
+def require(condition, what, fault, remedy="give a checkpoint without that"):
+    """Raise BadInput, one line that names the fault and the remedy, unless the condition holds."""
+    if not condition:
+        raise BadInput(f"{what}: {fault}; {remedy}")
 
 
 @dataclass(eq=False)
@@ -71,36 +70,43 @@ class Preprocessing:
     With another checkpoint's mean and std a ViT loses much of its accuracy, and nothing says so;
     hence there is no default.
     """
-    resize: int | list  # the short side in pixels, or [height, width], whatever the aspect ratio
-    crop: int           # side of the centre crop, which is the side of the network's input
-    interpolation: str  # "bicubic", ...
-    mean: list          # of red, green, blue in [0, 1]
+    resize: int | list   # the short side in pixels, or [height, width], whatever the aspect ratio
+    crop: int            # side of the centre crop, which is the side of the network's input
+    interpolation: str   # "bicubic", ...
+    mean: list           # of red, green, blue in [0, 1]
     std: list
+    rounds: bool = True  # see `center_crop`
 
-    @classmethod
-    def from_timm(cls, config):
-        """From the `pretrained_cfg` of a timm checkpoint."""
-        crop, resize = config["input_size"][-1], int(config["input_size"][-1] / config["crop_pct"])
-        return cls(resize, crop, config["interpolation"], config["mean"], config["std"])
-
-    @classmethod
-    def from_transformers(cls, processor):
-        """From a transformers image processor."""
-        size, crop_size = processor.size, processor.crop_size
-        resize = size.shortest_edge or [size.height, size.width]
-        crop = crop_size.height if processor.do_center_crop else size.height or size.shortest_edge
-        interpolation = ["nearest", "lanczos", "bilinear", "bicubic"][int(processor.resample)]
-        return cls(resize, crop, interpolation, processor.image_mean, processor.image_std)
+    def __post_init__(self):
+        sides, colours = [self.crop, *np.ravel(self.resize)], np.array([self.mean, self.std])
+        if colours.shape != (2, 3) or not np.isfinite(colours).all() or colours[1].min() <= 0 \
+                or not 0 < min(sides) <= max(sides) <= 10_000:
+            raise ValueError(self)
 
     def pixels(self, margin=0):
         """A transform from a PIL image to uint8 (3, crop + margin, crop + margin).
 
         Without a margin it is the checkpoint's; with one, the square has the whole short side.
         """
-        square = isinstance(self.resize, list)
-        resize = [self.crop + margin] * (1 + square) if margin else self.resize
-        return v2.Compose([v2.Resize(resize, InterpolationMode(self.interpolation)),
-                           v2.CenterCrop(self.crop + margin), v2.PILToTensor()])
+        square, crop = isinstance(self.resize, list), self.crop + margin
+        resize = Resize([crop] * (1 + square) if margin else self.resize,
+                        InterpolationMode(self.interpolation))
+        return lambda image: VF.pil_to_tensor(self.center_crop(resize(image), [crop, crop]))
+
+    def center_crop(self, image, size):
+        """torchvision and timm round its corner half to even, transformers rounds it down."""
+        if not self.rounds:
+            sides = (side - max(side - crop, 0) % 2 for side, crop in zip(VF.get_size(image), size))
+            image = VF.crop(image, 0, 0, *sides)
+        return VF.center_crop(image, size)
+
+    # This and the normalizer are cached: a copy to the GPU would make every step wait.
+    @functools.cache
+    def resizing(self, side, resized, device):
+        """The matrix (crop, side) that resizes a row of pixels, antialiased, and crops it."""
+        row = Image.fromarray(torch.eye(side).numpy())
+        row = row.resize((side, resized), Image.Resampling[self.interpolation.upper()])
+        return self.center_crop(VF.to_image(row), [self.crop, side])[0].to(device)
 
     def of_pictures(self, images):
         """As `pixels` and `normalizer`, but differentiable, for float (B, 3, H, W) in [0, 1].
@@ -111,8 +117,7 @@ class Preprocessing:
         sides = images.shape[-2:]
         resized = self.resize if isinstance(self.resize, list) else [
             self.resize * side // min(sides) for side in sides]
-        rows, columns = (resizing(side, to, self.crop, self.interpolation, images.device)
-                         for side, to in zip(sides, resized))
+        rows, columns = (self.resizing(*pair, images.device) for pair in zip(sides, resized))
         return self.normalizer(images.device)(255 * (rows @ images @ columns.T))
 
     @functools.cache
@@ -120,6 +125,37 @@ class Preprocessing:
         """A function from pixels (B, 3, H, W) in [0, 255] to the network's float32 input."""
         mean, std = (torch.tensor(of, device=device).view(3, 1, 1) for of in (self.mean, self.std))
         return lambda pixels: (pixels / 255 - mean) / std
+
+
+def timm_preprocessing(what, config):
+    """From the `pretrained_cfg` of a timm checkpoint."""
+    for field in ("input_size", "crop_pct", "interpolation", "mean", "std"):
+        require(field in config, what, f"no {field} in pretrained_cfg", "add it to config.json")
+    (channels, height, width), mode = config["input_size"], config.get("crop_mode") or "center"
+    require(channels == 3 and height == width, what, f"input_size {config['input_size']}")
+    require(mode in ("center", "squash"), what, f"crop_mode {mode}")
+    resize, mean, std = int(height / config["crop_pct"]), config["mean"], config["std"]
+    return Preprocessing([resize, resize] if mode == "squash" else resize, height,
+                         InterpolationMode(config["interpolation"]).value, mean, std)
+
+
+def transformers_preprocessing(what, processor):
+    """From a transformers image processor."""
+    name, size = type(processor).__name__, processor.size
+    require(re.fullmatch("(ViT|DeiT|CLIP)ImageProcessor(Fast|Pil)?", name), what, name)
+    for field in ("do_resize", "do_rescale"):
+        require(getattr(processor, field), what, f"{field} false")
+    require(processor.resample in range(4), what, f"resample {processor.resample}")
+    require(not size.longest_edge, what, f"size with longest_edge {size.longest_edge}")
+    crop = processor.crop_size if processor.do_center_crop else size
+    require(crop.height and crop.height == crop.width, what,
+            f"an input of {crop.height} x {crop.width} pixels")
+    # (255 f pixels / 255 - mean) / std, with f the rescale_factor
+    pair = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
+    mean, std = ((np.ones(3) * value / (255 * processor.rescale_factor)).tolist()
+                 for value in pair)
+    return Preprocessing(size.shortest_edge or [size.height, size.width], crop.height,
+                         Image.Resampling(processor.resample).name.lower(), mean, std, rounds=False)
 
 
 # -------------------- Classifiers
@@ -154,168 +190,241 @@ def model_folder(model):
 
     Raises BadInput if it is none of them, or cannot be downloaded.
     """
-    hub_id = MODELS.get(model, model)
-    if Path(hub_id).is_dir():
-        return Path(hub_id)
+    hub_id, same = MODELS.get(model, model), model in MODELS and Path(model).is_dir()
+    note = f"the folder of that name is ./{model}" if same else f"give {MODEL_HELP}"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=FILES))
+        folder = Path(hub_id)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub's client raises its own, its HTTP library's, the system's
-        namesake = f" (the folder of that name is ./{model})" * Path(model).is_dir()
-        raise BadInput(f"model {model!r}{namesake}: {hub_id} is not a folder and could not be had "
-                       f"from the hub ({type(error).__name__}); give {MODEL_HELP}") from error
+        raise BadInput(f"model {model!r}: {hub_id} is not a folder and could not be had from the "
+                       f"hub ({type(error).__name__}); {note}") from error
+    if same:
+        print(f"model {model}: {hub_id}; {note}", file=sys.stderr)
+    return folder
 
 
 def load_classifier(model):
     """A full-precision `Classifier` from a name, a hub id or a folder, in transformers' or timm's
     format. Raises BadInput if it is not found, not a ViT, DeiT or Swin classifier, or damaged."""
-    folder = model_folder(model)
-    for file in FILES[::2]:
-        if not (folder / file).is_file():
-            raise BadInput(f"model {model}: no {file} in it; give the folder of a checkpoint")
-    with reading(f"model {model}", "download it again"):
-        config = json.loads((folder / FILES[0]).read_text())
-        if "pretrained_cfg" in config:
-            return Classifier(*from_timm(config, load_file(folder / FILES[2])))
-        architecture = (config.get("architectures") or ["no architecture"])[0]
-        if architecture not in vitq.FAMILIES:
-            raise BadInput(f"model {model}: holds {architecture}; give one of "
-                           f"{', '.join(vitq.FAMILIES)}, in full precision")
-        network, loading = vitq.FAMILIES[architecture].from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32)
-        if loading["missing_keys"]:  # transformers would leave them at random values
-            raise KeyError(f"without {min(loading['missing_keys'])}")
-        processor = AutoImageProcessor.from_pretrained(folder)
-        return Classifier(network.eval(), Preprocessing.from_transformers(processor))
+    folder, what = model_folder(model), f"model {model}"
+    with reading(what, "give the whole folder of a checkpoint, with its safetensors"):
+        config = json.loads((folder / "config.json").read_text())
+        require(config.get("format") != "vitq", what, "quantized or damaged", "give its original")
+        tensors, files = {}, {"model.safetensors"}
+        if not (folder / "model.safetensors").is_file():  # several files, if it is any
+            index = json.loads((folder / "model.safetensors.index.json").read_text())
+            files = set(index["weight_map"].values())
+        for file in sorted(files):
+            tensors.update(load_file(folder / file))
+        for name, tensor in tensors.items():
+            require(tensor.isfinite().all(), what, f"{name} is not finite", "train it again")
+        read = from_timm if "pretrained_cfg" in config else from_transformers
+        family, config, renaming, preprocessing = read(what, config, tensors, folder)
+        network, loading = family.from_pretrained(
+            None, config=config, state_dict=tensors, key_mapping=renaming, output_loading_info=True,
+            ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa")
+        for kind, fault in LOADING_FAULTS.items():
+            wrong = ", ".join(sorted(map(str, loading[kind]))[:3])
+            require(not wrong, what, f"{wrong} is {fault} ({kind})", "give another checkpoint")
+        names, side = config.id2label, config.image_size
+        require(all(isinstance(names.get(i), str) and names[i] for i in range(len(names))), what,
+                f"id2label names the classes {str(names)[:60]}", "give 0, 1, .. a name each")
+        require(config.num_channels == 3, what, f"num_channels {config.num_channels}")
+        require(side == preprocessing.crop, what, f"image_size is {side}, the processor's pictures "
+                f"have {preprocessing.crop} pixels", "make them equal")
+        with torch.no_grad():  # whatever else does not fit together is seen now
+            network(torch.zeros(1, 3, side, side))
+    return Classifier(network, preprocessing)
 
 
+# the lists of parameters in transformers' report on loading, and what is wrong with those in them
+LOADING_FAULTS = {"missing_keys": "missing", "unexpected_keys": "not known",
+                  "mismatched_keys": "of another shape"}
+
+
+def from_transformers(what, config, tensors, folder):
+    """The network's class, its configuration, what to replace in the names of its tensors (pattern
+    -> text), and its preprocessing, of a checkpoint in transformers' format."""
+    architecture = (config.get("architectures") or ["no architecture"])[0]
+    require(architecture in vitq.FAMILIES, what, f"holds {architecture}",
+            f"give one of {', '.join(vitq.FAMILIES)}, in full precision")
+    for field in ("quantization_config", "auto_map"):
+        require(field not in config, what, field)
+    layers = max(config.get("num_hidden_layers", 0), sum(config.get("depths", [])))
+    require(layers <= len(tensors), what, f"{layers} layers for {len(tensors)} tensors")
+    family = vitq.FAMILIES[architecture]
+    config = family.config_class.from_dict(config)
+    with torch.device("meta"):  # shapes alone: transformers renames what older versions wrote
+        needed = Counter(tuple(parameter.shape) for parameter in family(config).parameters())
+    # Swin's positions are integers, which older versions of transformers saved as well
+    given = Counter(tuple(t.shape) for t in tensors.values() if t.is_floating_point())
+    require(given == needed, what, f"tensors of shape {[*(given - needed)][:3]} are too many, "
+            f"{[*(needed - given)][:3]} are missing", "give the config.json of these weights")
+    require([*folder.glob("*processor_config.json")], what, "no preprocessor_config.json", "add it")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    return family, config, {}, transformers_preprocessing(what, processor)
+
+
+TIMM_PREFIX = r"^((module|_orig_mod|timm_model|model)\.)*"
 # timm's parameter names, and what the same parameter is called in transformers' ViT and DeiT
-TIMM_NAMES = [(r"^blocks\.", "layers."), (r"^norm\.", "layernorm."), (r"\.attn\.", ".attention."),
-              (r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
-              (r"\.attention\.proj\.", ".attention.o_proj."),
-              (r"^(cls_token|pos_embed|dist_token|patch_embed)", r"embeddings.\1"),
-              (r"\.pos_embed", ".position_embeddings"), (r"\.dist_token", ".distillation_token"),
-              (r"\.patch_embed\.proj\.", ".patch_embeddings.projection.")]
+TIMM_NAMES = {
+    r"^blocks\.": "layers.", r"\.norm1\.": ".layernorm_before.", r"\.norm2\.": ".layernorm_after.",
+    r"\.attn\.proj\.": ".attention.o_proj.", r"\.attn\.": ".attention.", r"^norm\.": "layernorm.",
+    r"^cls_token": "embeddings.cls_token", r"^dist_token": "embeddings.distillation_token",
+    r"^pos_embed": "embeddings.position_embeddings",
+    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"^head_dist\.": "distillation_classifier."}
+# what timm may be told of a ViT: followed, told by the tensors too, or of no effect after training
+TIMM_ARGUMENTS = {"img_size", "num_heads", "num_classes", "qkv_bias", "embed_dim", "depth",
+                  "patch_size", "mlp_ratio", "weight_init", "drop_rate", "pos_drop_rate",
+                  "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
+TIMM_PLAIN = {"global_pool": "token", "fc_norm": False, "class_token": True, "in_chans": 3}
 
 
-def from_timm(config, tensors):
-    """A transformers ViT (or distilled DeiT) and its preprocessing from timm's config and tensors.
+def from_timm(what, config, tensors, folder):
+    """As `from_transformers`, of a ViT or a distilled DeiT in timm's format.
 
-    timm's plain DeiT is its ViT with other weights. Raises BadInput for other architectures.
+    Prefixes are cut off and the projections to q, k and v split in `tensors` itself. timm's plain
+    DeiT is its ViT with other weights. Raises BadInput for other architectures.
     """
-    architecture, pretrained = config["architecture"], config["pretrained_cfg"]
-    if not re.fullmatch(r"(vit|deit)_(tiny|small|base)(_distilled)?_patch\d+_\d+", architecture):
-        raise BadInput(f"{architecture}: of timm's format only ViT and DeiT (tiny, small, base) "
-                       "are read; for Swin take transformers' format, for example --model swin_t")
-    classes, distilled = config["num_classes"], "dist_token" in tensors
+    architecture, pretrained = config.get("architecture", ""), config["pretrained_cfg"]
+    arguments = config.get("model_args") or {}
+    require(re.fullmatch(r"(vit|deit)_(tiny|small|base)(_distilled)?_patch\d+_\d+", architecture),
+            what, architecture, "in timm's format only ViT and DeiT (tiny, small, base) are read; "
+            "for Swin take transformers' format, as --model swin_t does")
+    for field, value in [*config.items(), *arguments.items()]:
+        require(value in (TIMM_PLAIN.get(field, value), None), what, f"{field} {value}")
+    unknown = ", ".join(sorted(arguments.keys() - TIMM_PLAIN.keys() - TIMM_ARGUMENTS))
+    require(not unknown, what, f"{unknown} in model_args")
+    classes = config["num_classes"]
+    require(classes > 0, what, "num_classes 0")
+    names = config.get("label_names") or pretrained.get("label_names") or (
+        ResNet18_Weights.DEFAULT.meta["categories"] if classes == 1000 else [])
+    names = names if isinstance(names, dict) else dict(enumerate(names))
+    require(len(names) in (0, classes), what, f"{len(names)} label_names for {classes} classes")
+    preprocessing = timm_preprocessing(what, pretrained)
+    for name in list(tensors):
+        tensors[re.sub(TIMM_PREFIX, "", name)] = tensors.pop(name)
+    family, head = (transformers.DeiTForImageClassificationWithTeacher, "cls_classifier.") \
+        if "dist_token" in tensors else (transformers.ViTForImageClassification, "classifier.")
     hidden = tensors["cls_token"].shape[-1]
-    names = pretrained.get("label_names") or (ResNet18_Weights.DEFAULT.meta["categories"]
-                                              if classes == 1000 else map(str, range(classes)))
-    settings = dict(
-        hidden_size=hidden, num_attention_heads=hidden // 64,  # 64 in every size of timm's
+    config = family.config_class(
+        # 64 to a head, in every size of timm's
+        hidden_size=hidden, num_attention_heads=arguments.get("num_heads", hidden // 64),
         num_hidden_layers=sum(name.endswith(".norm1.weight") for name in tensors),
         intermediate_size=len(tensors["blocks.0.mlp.fc1.weight"]), layer_norm_eps=1e-6,
         patch_size=tensors["patch_embed.proj.weight"].shape[-1],
-        image_size=pretrained["input_size"][-1], id2label=dict(enumerate(names)))
-    network = DeiTForImageClassificationWithTeacher(DeiTConfig(**settings)) if distilled else \
-        ViTForImageClassification(ViTConfig(**settings))
-    rules = [*TIMM_NAMES, (r"^(?!head)", f"{network.base_model_prefix}."),
-             (r"^head_dist", "distillation_classifier"),
-             (r"^head", "cls_classifier" if distilled else "classifier")]
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if ".qkv." in name:  # timm has the three projections in one matrix, (3 * hidden, hidden)
-            for part, chunk in zip("qkv", tensor.chunk(3)):
-                renamed[name.replace("qkv", f"{part}_proj")] = chunk
-        else:
-            renamed[name] = tensor
-    network.load_state_dict(renamed)
-    return network.float().eval(), Preprocessing.from_timm(pretrained)
+        image_size=arguments.get("img_size", preprocessing.crop),
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        num_labels=classes, id2label=names or None)  # None: LABEL_0, LABEL_1, ...
+    # timm has the three projections in one matrix, (3 * hidden, hidden)
+    for name in [name for name in tensors if ".qkv." in name]:
+        for part, chunk in zip("qkv", tensors.pop(name).chunk(3)):
+            tensors[name.replace("qkv", f"{part}_proj")] = chunk
+    return family, config, {**TIMM_NAMES, r"^head\.": head}, preprocessing
 
 
 # -------------------- Images
 
 def list_images(folder):
-    """All image files below a folder, sorted, but for generate.py's overviews, grid.png.
+    """All image files below a folder, sorted. Links are followed; names that begin with a dot are
+    passed over, and generate.py's overviews, grid.png. Raises BadInput if there are none."""
+    def walk(folder, above=()):
+        real = folder.resolve()
+        for path in () if real in above else folder.iterdir():  # a link that leads back ends here
+            if path.is_dir() and path.name[0] != ".":
+                yield from walk(path, (*above, real))
+            elif path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != ".":
+                yield path
 
-    Raises BadInput if there are none.
-    """
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS
-                   and path.name != "grid.png")
-    if not paths:
-        raise BadInput(f"{folder}: no folder with images (looked for {' '.join(IMG_EXTENSIONS)})")
+    found = walk(Path(folder)) if Path(folder).is_dir() else ()
+    paths = sorted(path for path in found if path.name != "grid.png")
+    require(paths, folder, "no folder with images", f"looked for {' '.join(IMG_EXTENSIONS)}")
     return paths
 
 
-def classes_named(name, names):
-    """The indices of the classes meant by "21", "0021_kite", "Kite" or "great_white_shark".
+def plain(name):
+    """A class name for comparing: composed Unicode, no capitals, single spaces for underscores."""
+    return " ".join(unicodedata.normalize("NFC", name.casefold()).replace("_", " ").split())
 
-    A class may have several names: "kite, black kite".
+
+def classes_named(name, names):
+    """The indices of the classes meant by "kite", "Kite", "great_white_shark", "0021_kite" or "21".
+
+    A class may have several names: "kite, black kite". The exact name wins, then any spelling of
+    it; a number is an index only where no class has that name.
     """
-    number = re.match(r"(\d+)(_|$)", name)
-    if number:
-        return [int(number[1])] if int(number[1]) < len(names) else []
-    plain = " ".join(name.replace("_", " ").casefold().split())
-    return [index for index, synonyms in enumerate(names)
-            if plain in [synonyms.casefold(), *synonyms.casefold().split(", ")]]
+    exact = [index for index, several in enumerate(names) if name == several]
+    found = exact or [index for index, several in enumerate(names)
+                      if plain(name) in map(plain, [several, *several.split(",")])]
+    number = re.match(r"([0-9]{1,9})(_|$)", name)
+    return found or ([int(number[1])] if number and int(number[1]) < len(names) else [])
 
 
 def find_class(name, names, what="class"):
     """The index of the class that a name means. Raises BadInput if there is none, or several."""
     found = classes_named(name, names)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise BadInput(f"{what} {name!r}: several classes have this name; give the index, "
-                       + " or ".join(map(str, found)))
+    require(len(found) < 2, f"{what} {name!r}", "several classes have this name",
+            f"give the index, {' or '.join(map(str, found))}")
     near = difflib.get_close_matches(name, ", ".join(names).split(", "))
-    raise BadInput(f"{what} {name!r} is none of the model's {len(names)} classes; give an index "
-                   f"below {len(names)} or a name" + f", as {', '.join(near)}" * bool(near))
+    require(found, f"{what} {name!r}", f"is none of the model's {len(names)} classes",
+            f"give an index below {len(names)} or a name" + f", as {', '.join(near)}" * bool(near))
+    if plain(re.sub("^[0-9]+_", "", name)) not in plain(names[found[0]]):
+        print(f"{what} {name!r} is taken for index {found[0]}: {names[found[0]]}", file=sys.stderr)
+    return found[0]
 
 
 def labelled_images(folder, names):
     """Images and their labels: (paths, class indices), or (paths, None) if there are no subfolders.
 
-    A subfolder is a class, by index, by name, or, if none is either and there are as many as
-    classes, by rank (ImageNet's wnid folders). Raises BadInput for one that matches no class.
+    A subfolder is a class, by name or by index, or, if all are called as ImageNet's, n01440764, and
+    there are as many as classes, by rank. Raises BadInput for one that matches no class.
     """
     paths = list_images(folder)
     owners = [path.relative_to(folder).parts[0] for path in paths]
     loose = [path.name for path in paths if path.parent == Path(folder)]
     if len(loose) == len(paths):
         return paths, None
-    if loose:
-        raise BadInput(f"{folder}: {loose[0]} lies beside the class folders; move it into one")
+    require(not loose, folder, f"{loose[:3]} beside the class folders", "move them into one")
     folders = sorted(set(owners))
-    by_rank = len(folders) == len(names) and not any(classes_named(one, names) for one in folders)
+    by_rank = len(folders) == len(names) and all(re.fullmatch("n[0-9]{8}", one) for one in folders)
     index = {one: rank if by_rank else find_class(one, names, f"{folder}: class folder")
              for rank, one in enumerate(folders)}
     return paths, [index[one] for one in owners]
 
 
-def decode(paths, transform, description, chunk=256):
+def rgb(path):
+    """The first frame of an image file in 8-bit RGB, turned as its camera was; or an exception."""
+    with Image.open(path) as image:
+        # resizing would make a strip enormous; I and F do not say which number is white
+        if max(image.size) > 100 * min(image.size) or image.mode in ("I", "F"):
+            raise ValueError(f"{image.size[0]} x {image.size[1]} pixels of mode {image.mode}")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def decode(paths, transform, description):
     """Decode images on all cores; yields (their positions in `paths`, uint8 (n, 3, H, W)).
 
     What cannot be decoded is skipped and named on stderr; raises BadInput if nothing is left.
     """
     def load(path):
         try:
-            with Image.open(path) as image:
-                return transform(image.convert("RGB"))
+            return transform(rgb(path))
         except Exception as error:  # Pillow's decoders raise nearly every kind there is
             broken.append(f"{path} ({type(error).__name__})")
 
     broken = []
     # threads suffice: Pillow decodes and resizes outside the interpreter's lock
-    bar = tqdm(total=len(paths), desc=description, disable=None)
-    with ThreadPoolExecutor() as pool, bar:
-        for start in range(0, len(paths), chunk):
-            images = dict(enumerate(pool.map(load, paths[start:start + chunk]), start))
-            bar.update(len(images))
-            good = [position for position, image in images.items() if image is not None]
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(range(0, len(paths), CHUNK), description, unit="chunk", disable=None):
+            images = enumerate(pool.map(load, paths[start:start + CHUNK]), start)
+            good = {position: image for position, image in images if image is not None}
             if good:
-                yield good, torch.stack([images[position] for position in good])
+                yield list(good), torch.stack(list(good.values()))
+    broken.sort()
     if len(broken) == len(paths):
         raise BadInput(f"none of {len(paths)} images could be decoded, the first: {broken[0]}")
     if broken:
@@ -354,26 +463,15 @@ def evaluate(models, preprocessing, paths, labels, device):
             same = predicted[:, 0] == torch.cat(top5[FULL_PRECISION])[:, 0]
             row["agreement %"] = 100 * same.double().mean().item()
         row["size MB"] = models[name][1]
-    print(" " * len(FULL_PRECISION) + "".join(f"{column:>13}" for column in row))
+    count = f"on {len(kept)} images"
+    print(f"{count:16}" + "".join(f"{column:>13}" for column in row))
     for name, row in results.items():
         cells = ("-" if value is None else f"{value:.2f}" for value in row.values())
-        print(f"{name:{len(FULL_PRECISION)}}" + "".join(f"{cell:>13}" for cell in cells))
+        print(f"{name:16}" + "".join(f"{cell:>13}" for cell in cells))
     return results
 
 
-def full_precision_mb(model):
-    """The size of a model's parameters in float32, in MB of 10^6 bytes."""
-    return sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
-
-
 # -------------------- Steps that run without a gap
-
-RECORD_AT = 4  # the call that is recorded: the first ones allocate memory and choose kernels
-COMPILE_FROM = 100  # steps: compiling takes some 20 s, which shorter runs do not earn back
-COMPILATIONS = 64  # of one function, for other shapes; torch gives up at 8
-# what torch.compile needs on a CPU; where it is missing, nothing is compiled
-CPU_COMPILER = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-
 
 class RecordedStep:
     """Calls `step()`, a function without arguments. On a GPU, it is recorded as a CUDA graph.
@@ -393,7 +491,7 @@ class RecordedStep:
         self.calls += 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if self.calls == RECORD_AT:
+            if self.calls == 4:  # the first ones allocate memory and choose kernels
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=self.stream):
                     self.step()
@@ -402,11 +500,23 @@ class RecordedStep:
         torch.cuda.current_stream().wait_stream(self.stream)
 
 
+@functools.cache
+def can_compile(device):
+    """Whether torch.compile works here, which needs a compiler of C++. If not, says so, once."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        return True
+    except Exception as error:
+        print(f"steps are slow, since not compiled ({type(error).__name__})", file=sys.stderr)
+        return False
+
+
 def compiled(function, device, steps):
     """`function`, compiled for `steps` calls, which fuses its small kernels; or as it is."""
-    if steps < COMPILE_FROM or device.type == "cpu" and not shutil.which(CPU_COMPILER):
+    # shorter runs do not earn back the time that compiling takes
+    if steps < 100 or not can_compile(device):
         return function
-    torch._dynamo.config.recompile_limit = COMPILATIONS
+    torch._dynamo.config.recompile_limit = 64  # of one function, for other shapes; torch has 8
     # combo_kernels: independent kernels, such as those of the weights, are launched as one;
     # force_shape_pad: matrices with rows of 197 numbers are padded to a multiple of 8
     options = dict.fromkeys(["combo_kernels", "force_shape_pad"], device.type == "cuda")
@@ -414,15 +524,14 @@ def compiled(function, device, steps):
 
 
 @contextmanager
-def compiled_forward(modules, device, steps):
-    """Within it, the forward of each of `modules` is `compiled`."""
-    for module in modules:
-        module.forward = compiled(module.forward, device, steps)
-    try:
+def patched(name, values):
+    """A context in which the attribute `name` of some objects (object -> value) has other values
+    than that of their class."""
+    with ExitStack() as undo:
+        for owner, value in values.items():
+            setattr(owner, name, value)
+            undo.callback(delattr, owner, name)
         yield
-    finally:
-        for module in modules:
-            del module.forward
 
 
 # -------------------- The frame of all command lines
@@ -438,11 +547,13 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-def positive(text):
-    """For argparse: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, 1 or more")
-    return int(text)
+def whole_number(least):
+    """For argparse: a function that reads a whole number from `least` on."""
+    def read(text):
+        if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {least} or more")
+        return int(text)
+    return read
 
 
 def rank_and_processes():
@@ -456,9 +567,9 @@ def start(name):
     Raises BadInput for a device that is not there.
     """
     try:
-        # torchrun gives each process of a machine a number, and with it a GPU
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        device = torch.empty(1, device=name or gpu).device
+        if name in (None, "cuda") and torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process a number
+        device = torch.empty(1, device=name or "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} is not available here; give --device cpu") from error
     if device.type == "cuda":
@@ -470,11 +581,14 @@ def start(name):
 
 
 def run(main):
-    """Run a command; bad input ends it with one line on stderr and exit status 2."""
+    """Run a command; what a user can cause ends it with one line on stderr and exit status 2."""
     try:
         main()
-    except (BadInput, OSError, torch.OutOfMemoryError) as error:
-        print(f"{Path(sys.argv[0]).name}: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -488,10 +602,18 @@ def parser():
     return parser
 
 
+def source_of(model):
+    """How to find a model again from any folder: a known name, a hub id or an absolute path."""
+    return str(Path(model).resolve()) if model not in MODELS and Path(model).is_dir() else model
+
+
 def original(config, needed):
     """The full-precision model of a quantized one; None if it is not there, unless it is needed."""
     try:
-        return load_classifier(config["source"]).model
+        model = load_classifier(config["source"]).model
+        if vitq.fingerprint(model) != config["weights"]:
+            raise BadInput(f"model {config['source']}: has other weights than those quantized")
+        return model
     except BadInput as error:
         if needed:
             raise
@@ -503,7 +625,8 @@ def main():
     device, models = start(args.device), {}
     if vitq.read_config(args.model):
         model, config = vitq.load_quantized(args.model)
-        classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
+        with reading(args.model, "quantize it again"):
+            classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
         size = (Path(args.model) / "model.safetensors").stat().st_size / 1e6
         models[config["bits"]] = model, size
     else:
@@ -511,8 +634,7 @@ def main():
     paths, labels = labelled_images(args.data, classifier.class_names)
     reference = original(config, labels is None) if models else classifier.model
     if reference is not None:
-        models = {FULL_PRECISION: (reference, full_precision_mb(reference)), **models}
-    print(f"{args.model} on {len(paths)} images of {args.data}" + ", without labels" * (not labels))
+        models = {FULL_PRECISION: (reference, reference.num_parameters() * 4 / 1e6), **models}
     evaluate(models, classifier.preprocessing, paths, labels, device)
 
 

@@ -19,7 +19,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torchvision.io import encode_png
@@ -28,9 +27,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import prompts
-from eval import (MODEL_HELP, Parser, decode, find_class, list_images, load_classifier, positive,
-                  rank_and_processes, run, start)
-from vitq import BadInput, reading, write_whole
+from eval import (MODEL_HELP, Parser, decode, find_class, list_images, load_classifier,
+                  rank_and_processes, require, run, source_of, start, whole_number)
+from vitq import fingerprint, reading, write_whole
 
 # cuBLAS adds in the same order each time only with a workspace of fixed size; it reads this once
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -51,8 +50,8 @@ class OneStepSampler:
     the pipeline's call is not. In bfloat16 on a GPU; in float16, the attention of SD 2.1 overflows.
 
     There may be two decoders D. Pictures are painted by the generator's `vae`. Prompts are learned
-    through `taesd`, its small copy: the full one takes four fifths of a picture's arithmetic to add
-    what a classifier hardly sees. [ours]
+    through `taesd`, its small copy: the full one takes most of a picture's arithmetic to add what a
+    classifier hardly sees. [ours]
     """
 
     def __init__(self, generator, device):
@@ -66,13 +65,11 @@ class OneStepSampler:
         # t and sigma of the single step: with the "trailing" spacing of SD-Turbo, t = 999
         self.timestep = pipeline.scheduler.timesteps[0].to(device)
         self.sigma = float(pipeline.scheduler.sigmas[0])
-        doublings = len(self.vae.config.block_out_channels) - 1
-        self.side = self.unet.config.sample_size * 2 ** doublings  # pixels
 
     def noise(self, count, random):
         """n of Eq. (13), (count, 4, h, w), drawn on the CPU: it is the same on all devices."""
-        side = self.unet.config.sample_size
-        shape = count, self.unet.config.in_channels, side, side
+        config = self.unet.config
+        shape = count, config.in_channels, config.sample_size, config.sample_size
         return torch.randn(shape, generator=random).to(self.device)
 
     def __call__(self, e, noise, decoder=None):
@@ -90,29 +87,24 @@ def load_generator(generator, dtype):
     That is the folder's taesd/, or TAESD for SD-Turbo from the hub; without one, the full decoder.
     """
     # imported here, since quantizing with images at hand needs none of it
-    from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
     from diffusers.utils import logging
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    source = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
-    if source.is_dir():
-        small, remedy = source / "taesd", "give a whole folder in diffusers' format"
-    else:
-        source, small = generator, Path(TAESD)
-        remedy = "check the name and the network; --model tiny needs none"
-    on_hub = source == SD_TURBO
-    with reading(f"generator {generator}", remedy), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' complaints of each other
+    folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
+    source, small = (folder, folder / "taesd") if folder.is_dir() else (generator, Path(TAESD))
+    files = [str(path) for path in folder.glob("unet/*.safetensors")] or [generator]
+    half = all(".fp16." in file or file == SD_TURBO for file in files)
+    remedy = "give SD-Turbo, or a whole folder in diffusers' format; --model tiny needs no network"
+    with reading(f"generator {generator}", remedy), warnings.catch_warnings(action="ignore"):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
         pipeline = StableDiffusionPipeline.from_pretrained(
             source, dtype=dtype, use_safetensors=True, safety_checker=None,
-            requires_safety_checker=False, variant="fp16" if on_hub else None)
+            requires_safety_checker=False, variant="fp16" if half else None)
         taesd = AutoencoderTiny.from_pretrained(small, dtype=dtype, use_safetensors=True) \
-            if on_hub or small.is_dir() else pipeline.vae
-    if not isinstance(pipeline.scheduler, EulerDiscreteScheduler) \
-            or pipeline.scheduler.config.prediction_type != "epsilon":
-        raise BadInput(f"generator {generator}: its scheduler is not EulerDiscreteScheduler with "
-                       "epsilon, so Eq. (13) does not hold for it; give SD-Turbo")
+            if source == SD_TURBO or small.is_dir() else pipeline.vae
+    kind = type(pipeline.scheduler).__name__, pipeline.scheduler.config.get("prediction_type")
+    require(kind == ("EulerDiscreteScheduler", "epsilon"), f"generator {generator}",
+            f"Eq. (13) does not hold for {' with '.join(map(str, kind))}", "give SD-Turbo")
     return pipeline, taesd
 
 
@@ -120,7 +112,9 @@ def load_generator(generator, dtype):
 
 def first_name(names, label):
     """"kite" of "kite, black kite": the name that goes into prompts."""
-    return names[label].split(",")[0]
+    require(not re.fullmatch("LABEL_[0-9]+", names[label]), f"class {names[label]}", "has no name",
+            "write it to the model's config.json, in id2label or label_names")
+    return names[label].split(",")[0].replace("_", " ")
 
 
 def class_folder(out, label, names):
@@ -137,7 +131,7 @@ def picture_paths(folder, modes, per_mode):
 def is_complete(folder, modes, per_mode):
     """Whether all of a class's pictures are there; the grid is written last."""
     paths = [folder / "grid.png", *picture_paths(folder, modes, per_mode)]
-    return all(path.is_file() for path in paths)
+    return all(path.is_file() and path.stat().st_size for path in paths)
 
 
 def write_png(picture, path):
@@ -148,39 +142,37 @@ def write_png(picture, path):
 @torch.no_grad()
 def paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch):
     """Paint `per_mode` pictures per mode, and the grid. K texts, pseudo-tokens v (K, m, d)."""
-    v, pictures = v.to(sampler.device), []
-    wanted = [(mode, number) for mode in range(len(texts)) for number in range(per_mode)]
-    for first in range(0, len(wanted), micro_batch):
-        batch = wanted[first:first + micro_batch]
-        modes = [mode for mode, _ in batch]
-        e = prompts.encode(sampler.text_encoder, sampler.tokenizer, [texts[mode] for mode in modes],
-                           v[modes])
-        # each picture has a noise of its own, whatever else is painted with it
-        noise = torch.cat([sampler.noise(1, prompts.random_of(seed, label, *one)) for one in batch])
-        pictures.append(((sampler(e, noise).clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
+    (folder / "grid.png").unlink(missing_ok=True)  # an older one may show fewer
+    modes, v, pictures = torch.arange(len(v)).repeat_interleave(per_mode), v.to(sampler.device), []
+    # each picture has a noise of its own, whatever else is painted with it
+    noise = torch.cat([sampler.noise(1, prompts.random_of(seed, label, mode, number))
+                       for mode in range(len(v)) for number in range(per_mode)])
+    for k, n in zip(modes.split(micro_batch), noise.split(micro_batch)):
+        e = prompts.encode(sampler.text_encoder, sampler.tokenizer, [texts[i] for i in k], v[k])
+        pictures.append(((sampler(e, n).clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
     pictures = torch.cat(pictures)
     with ThreadPoolExecutor() as pool:
         list(pool.map(write_png, pictures, picture_paths(folder, len(texts), per_mode)))
     shown = pictures.unflatten(0, (len(texts), per_mode))[:, :GRID_COLUMNS].flatten(0, 1)
-    shown = VF.resize(shown, [min(sampler.side, GRID_SIDE)] * 2)
+    shown = VF.resize(shown, [min(pictures.shape[-1], GRID_SIDE)] * 2)
     write_png(make_grid(shown, min(per_mode, GRID_COLUMNS)), folder / "grid.png")
 
 
-def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, progress):
+def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, bar):
     """One class: its prompts, unless they are there already, and then its pictures."""
     path, name = folder / PROMPTS_FILE, first_name(classifier.class_names, label)
     modes, seed = settings["modes"], settings["seed"]
-    progress.set_description(name)
+    bar.set_description(name)
     if not path.exists():
         if settings["prompts"] == "learned":
             made = prompts.learn(sampler, classifier, label, name, modes, seed, micro_batch,
-                                 lambda loss: progress.set_postfix(loss=f"{loss:.3f}"))
+                                 lambda loss: bar.set_postfix(loss=f"{loss:.3f}"))
         else:
             texts = prompts.plain(settings["prompts"], label, name, modes, seed)
             made = texts, torch.zeros(modes, 0, sampler.text_encoder.config.hidden_size)
         prompts.save_prompts(path, *made, settings)
-    texts, v = prompts.load_prompts(path, settings)
-    paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch)
+    made = prompts.load_prompts(path, settings)
+    paint(sampler, folder, label, *made, per_mode, seed, micro_batch)
 
 
 def fill(out, classifier, labels, device, per_mode, settings):
@@ -196,25 +188,24 @@ def fill(out, classifier, labels, device, per_mode, settings):
     for folder in folders.values():
         if (folder / PROMPTS_FILE).exists():
             prompts.load_prompts(folder / PROMPTS_FILE, settings)
-    missing = [label for label, folder in folders.items()
-               if not is_complete(folder, settings["modes"], per_mode)]
+    missing = {label: folder for label, folder in folders.items()
+               if not is_complete(folder, settings["modes"], per_mode)}
     sampler = OneStepSampler(settings["generator"], device) if missing else None
     # on a GPU, only kernels that add in the same order each time: a seed gives the same pictures
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every tensor
     micro_batch = settings["modes"]
-    with tqdm(total=len(missing), unit="class", disable=True if rank else None) as progress:
-        for label in missing:
-            folders[label].mkdir(parents=True, exist_ok=True)
-            while not is_complete(folders[label], settings["modes"], per_mode):
+    with tqdm(total=len(missing), unit="class", disable=True if rank else None) as bar:
+        for label, folder in missing.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            while not is_complete(folder, settings["modes"], per_mode):
                 try:
-                    make(sampler, classifier, label, folders[label], per_mode, settings,
-                         micro_batch, progress)
+                    make(sampler, classifier, label, folder, per_mode, settings, micro_batch, bar)
                 except torch.OutOfMemoryError:
                     if micro_batch == 1:
                         raise
                     micro_batch = math.ceil(micro_batch / 2)
-            progress.update()
+            bar.update()
     torch.use_deterministic_algorithms(False)
     if processes > 1:
         dist.barrier()
@@ -223,18 +214,19 @@ def fill(out, classifier, labels, device, per_mode, settings):
 @torch.no_grad()
 def summary(out, classifier, labels, device):
     """One line of the classes' pictures on disk: how many, the share that the classifier takes for
-    their class, and the mean over the classes of Eq. (16): the lower, the more diverse."""
+    their class, and the mean cosine of two phi within a class: the lower, the more diverse."""
     hits, cosines = [], []
     for label in labels:
         paths = list_images(class_folder(out, label, classifier.class_names))
-        pictures = torch.cat([pixels for _, pixels in decode(paths, VF.pil_to_tensor, "looking")])
-        logits, phi = (torch.cat(parts) for parts in zip(*(
-            classifier.features(part.to(device) / 255) for part in pictures.split(64))))
+        seen = [classifier.features(some.to(device) / 255)
+                for _, pixels in decode(paths, VF.pil_to_tensor, "looking")
+                for some in pixels.split(64)]
+        logits, phi = map(torch.cat, zip(*seen))
         hits.append(logits.argmax(1) == label)
         cosines.append(prompts.mean_cosine(phi).item())
     hits = torch.cat(hits).double()
     return (f"{out}: {len(hits)} pictures, {100 * hits.mean().item():.1f} % recognised, "
-            f"mean feature cosine {np.mean(cosines):.3f}")
+            f"mean feature cosine {sum(cosines) / len(cosines):.3f}")
 
 
 # -------------------- Command line
@@ -247,23 +239,24 @@ def parser():
     add("--generator", help=f"a hub id or a folder (default: {SD_TURBO}, for tiny {TINY_TURBO})")
     add("--prompts", choices=["learned", "text", "class"], default="learned",
         help="learned, or a baseline (default: %(default)s)")
-    add("--modes", type=positive, default=MODES, help="prompts per class (default: %(default)s)")
-    add("--per-mode", type=positive, default=4, help="pictures per prompt (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--modes", type=whole_number(1), default=MODES, help="prompts per class (%(default)s)")
+    add("--per-mode", type=whole_number(1), default=4, help="pictures per prompt (%(default)s)")
+    add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     add("--out", metavar="DIR", help="default: generated/<model>, for a baseline with its prompts")
     return parser
 
 
-def settings_of(model, generator=None, kind="learned", modes=MODES, seed=0):
+def settings_of(model, classifier, generator=None, kind="learned", modes=MODES, seed=0):
     """All that the prompts of a class depend on, as it is written beside them."""
-    generator = generator or (TINY_TURBO if model == "tiny" else SD_TURBO)
-    return {"model": model, "generator": generator, "prompts": kind, "modes": modes, "seed": seed,
+    generator = source_of(generator) if generator else TINY_TURBO if model == "tiny" else SD_TURBO
+    return {"weights": fingerprint(classifier.model), "generator": generator,
+            "prompts": kind, "modes": modes, "seed": seed,
             **(prompts.constants() if kind == "learned" else {})}
 
 
-def default_folder(settings):
-    suffix = "" if settings["prompts"] == "learned" else f"-{settings['prompts']}"
-    return Path("generated") / f"{Path(settings['model']).resolve().name}{suffix}"
+def default_folder(model, kind="learned"):
+    suffix = "" if kind == "learned" else f"-{kind}"
+    return Path("generated") / f"{Path(model).resolve().name}{suffix}"
 
 
 def main():
@@ -273,8 +266,9 @@ def main():
     classifier.model.to(device).requires_grad_(False)
     names = classifier.class_names
     labels = range(len(names)) if args.label == "all" else [find_class(args.label, names)]
-    settings = settings_of(args.model, args.generator, args.prompts, args.modes, args.seed)
-    out = Path(args.out or default_folder(settings))
+    settings = settings_of(args.model, classifier, args.generator, args.prompts, args.modes,
+                           args.seed)
+    out = Path(args.out or default_folder(args.model, args.prompts))
     fill(out, classifier, labels, device, args.per_mode, settings)
     if rank_and_processes()[0] == 0:
         print(f"{summary(out, classifier, labels, device)}, {time.perf_counter() - begin:.0f} s")

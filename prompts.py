@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
-from eval import RecordedStep
-from vitq import BadInput, reading, write_whole
+from eval import RecordedStep, require
+from vitq import reading, write_whole
 
 TEMPLATE = "a photo of"
 SLOT = "*"  # marks in a prompt's text where its pseudo-tokens stand
@@ -29,7 +29,7 @@ STEPS = 10
 LEARNING_RATE = 0.05  # in units of the size of a number of an embedding, which differs by generator
 PROMPT_WEIGHT, IMAGE_WEIGHT = 0.1, 1.0  # b_p and b_i of Eq. (17)
 CANDIDATES = 16  # random prompts per mode, from which the start is chosen
-START_WEIGHT = 3.0  # of likeness there: of the nearest pair, where b_i weighs the mean of all pairs
+START_WEIGHT = 3.0  # of the cosine with the nearest mode chosen so far
 NOISE_PICTURES = 64  # of the bare class prompt, to see what noise changes
 # of the baseline "a <adjective> photo of <adjective> <class>" [paper]; the words are [ours]
 ADJECTIVES = ["small", "large", "red", "orange", "yellow", "green", "blue", "purple", "pink",
@@ -42,8 +42,8 @@ ADJECTIVES = ["small", "large", "red", "orange", "yellow", "green", "blue", "pur
 def token_ids(tokenizer, texts, pseudo_tokens, length, device):
     """The ids of K texts, (K, length), and where their pseudo-tokens begin. A long name is cut.
 
-    The places of the pseudo-tokens hold the start token: its embedding will be replaced there, and
-    the encoder finds the end of a prompt by the id of the end token. Cached: each step asks again.
+    The places of the pseudo-tokens hold the start token, whose embedding will be replaced there.
+    Cached: each step asks again.
     """
     slots = tokenizer.bos_token * pseudo_tokens
     ids = tokenizer([text.replace(SLOT, slots, 1) for text in texts], padding="max_length",
@@ -89,9 +89,10 @@ def mean_cosine(vectors):
 def noise_directions(phi):
     """Orthonormal directions, (N - 1, features), in which the pictures of one prompt differ.
 
-    phi (N, features). It is noise that moves them there: position and tilt, say. Fresh noise brings
-    that for nothing, so P of Eq. (16) takes it out. With it, pictures by day and by night would be
-    as alike as two of one prompt, and modes would differ in size but hardly in colour or place.
+    phi (N, features), N at most the features. It is noise that moves them there: position and tilt,
+    say. Fresh noise brings that for nothing, so P of Eq. (16) takes it out. With it, pictures by
+    day and by night would be as alike as two of one prompt, and modes would differ in size but
+    hardly in colour or place.
     """
     return torch.linalg.svd(phi - phi.mean(0), full_matrices=False).Vh[:-1]
 
@@ -113,7 +114,7 @@ def look(sampler, classifier, text, v, noise, micro_batch):
     """Eq. (12) and (13), then the classifier: logits (K, classes) and phi (K, features).
 
     v (K, m, d), noise (K, 4, h, w). If K exceeds `micro_batch`, no more than that go through the
-    generator at a time, and again when the gradient needs them, which bounds the memory.
+    generator at a time, and a second time in the backward pass, which bounds the memory.
     """
     def paint(v, noise):
         e = encode(sampler.text_encoder, sampler.tokenizer, [text] * len(v), v)
@@ -148,7 +149,8 @@ def whole_words(tokenizer):
 
 def random_of(*numbers):
     """A source of random numbers of its own for each seed, class, ..."""
-    state = np.random.SeedSequence(numbers).generate_state(1)[0]
+    # how many there are comes first: zeros at the end alone would change nothing
+    state = np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(state))
 
 
@@ -173,11 +175,11 @@ def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress=l
         candidates = embeddings[words[drawn].to(embeddings.device)]
         logits, phi = look(sampler, classifier, text, candidates,
                            sampler.noise(len(candidates), random), micro_batch)
-        losses = -logits.log_softmax(1)[:, label]  # Eq. (14), of each
+        losses = -logits.log_softmax(1)[:, label]  # Eq. (14) of each
         v = candidates[choose(losses, project(phi, directions), modes)].requires_grad_(True)
 
     optimizer = torch.optim.Adam([v], lr=LEARNING_RATE * embeddings.square().mean().sqrt().item())
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(STEPS, 1))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     noise, latest = sampler.noise(modes, random), torch.zeros((), device=v.device)
 
     def gradient():
@@ -194,9 +196,8 @@ def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress=l
         optimizer.step()
         schedule.step()
         loss = latest.item()
-        if not math.isfinite(loss):
-            raise BadInput(f"class {name!r}: the loss is not finite at step {step + 1} of {STEPS}; "
-                           "its prompts were not written. Try another --seed")
+        require(math.isfinite(loss), f"class {name!r}", "the loss is not finite at step "
+                f"{step + 1} of {STEPS}; its prompts were not written", "try another --seed")
         progress(loss)
     return [text] * modes, v.detach()
 
@@ -221,20 +222,23 @@ def constants():
 
 def save_prompts(path, texts, pseudo_tokens, settings):
     """One class's prompts: the pseudo-tokens in float16 (164 kB for 20 modes of SD-Turbo), the rest
-    as metadata. A number of theirs is about 0.01: a generator in half precision rounds it more."""
-    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu().contiguous()},
-                           {"texts": json.dumps(texts), "settings": json.dumps(settings)}))
+    as metadata. A number of theirs is about 0.01: a generator in bfloat16 rounds it more."""
+    settings = torch.tensor([*json.dumps(settings).encode()], dtype=torch.uint8)
+    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu(), "settings": settings},
+                           {"texts": json.dumps(texts)}))  # of two items, the order would vary
 
 
 def load_prompts(path, settings):
     """Texts and pseudo-tokens (K, m, d) of `save_prompts`. Raises BadInput if made otherwise."""
     with reading(path, f"remove {path.parent} to have it made again"):
         with safe_open(path, "pt") as file:
-            pseudo_tokens, metadata = file.get_tensor("pseudo_tokens"), file.metadata()
-        texts, made_with = json.loads(metadata["texts"]), json.loads(metadata["settings"])
-        different = [f"{key} {made_with.get(key)}, not {value}" for key, value in settings.items()
-                     if made_with.get(key) != value]
-    if different:
-        raise BadInput(f"{path}: was made with {'; '.join(different)}. Give another --out, or "
-                       f"remove {path.parent}")
-    return texts, pseudo_tokens
+            v, texts = file.get_tensor("pseudo_tokens"), json.loads(file.metadata()["texts"])
+            made_with = json.loads(bytes(file.get_tensor("settings").tolist()))
+        if texts != [*map(str, texts)] or not len(texts) == len(v) == made_with["modes"] \
+                or v.dim() != 3 or not v.isfinite().all():
+            raise ValueError("they are no prompts")
+    different = [f"{key} {made_with.get(key)}, not {value}" for key, value in settings.items()
+                 if made_with.get(key) != value]
+    require(not different, path, f"was made with {'; '.join(different)}",
+            f"give another --out, or remove {path.parent}")
+    return texts, v

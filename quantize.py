@@ -14,8 +14,9 @@ import copy
 import json
 import math
 import re
+import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,9 +29,9 @@ from tqdm import tqdm
 
 import generate
 import vitq
-from eval import (FULL_PRECISION, MODEL_HELP, Parser, RecordedStep, compiled, compiled_forward,
-                  decode, evaluate, full_precision_mb, labelled_images, list_images,
-                  load_classifier, positive, rank_and_processes, run, start)
+from eval import (FULL_PRECISION, MODEL_HELP, Parser, RecordedStep, compiled, decode, evaluate,
+                  labelled_images, list_images, load_classifier, patched, rank_and_processes, run,
+                  source_of, start, whole_number)
 from tiny import shapes
 from vitq import BadInput
 
@@ -38,17 +39,17 @@ INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
 TINY_STEPS, TINY_BATCH = 300, 32  # for --model tiny, whose pictures are learned sooner
 PICTURES = 960  # painted where no images are given: so many, or one per prompt if that is more
-FEATURE_WEIGHT, LOGIT_WEIGHT = 50.0, 1.0  # a_f, a_z of Eq. (11), by measurement, see README [ours]
+FEATURE_WEIGHT, LOGIT_WEIGHT = 50.0, 1.0  # a_f, a_z of Eq. (11) [ours]
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
 WEIGHT_WALK = 7.5e-3
-SHORT = 600  # steps; in fewer, the rate rises no more: it would break more of a ViT than it mends
-OTHER_LR = 2e-3  # of the rest: scales and r are logarithms, zero points are counted in levels
-WARMUP = 0.02  # of the steps: at first Adam knows no gradient's size
-FADE = 0.5  # of the steps: a ViT whose weights are ternary at once knows nothing
+SHORT = 600  # steps; for fewer, the rate is that of so many: a higher one does more harm than good
+OTHER_LR = 2e-3  # of biases, LayerNorms, zero points (in levels), scales and r (as logarithms)
+WARMUP = 0.02  # of the steps: at first Adam does not know how large the gradients are
+FADE = 0.5  # of the steps: a ViT whose weights turn ternary at once starts at chance
 MARGIN = 1 / 7  # by which calibration images exceed the network's input: 32 of 224 pixels
-SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # of random crops: the least side, the most distortion
+SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # of random crops: the side before stretching, the stretching
 READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU wait
 
 
@@ -58,9 +59,8 @@ def feature_loss(features, quantized_features):
     """Eq. (9): L_feat = 1/L sum_l mean over tokens of ||h_l - h^_l||^2 / ||h_l||^2.
 
     Two lists of h_l, (B, T, channels) each. Distilling intermediate features is [paper]; the
-    normalization is [ours]. It is per token because a few tokens of a ViT have massive activations.
-    In ViT-Ti, 2 % of the tokens hold 97 % of ||h_l||^2 from block 8 on: with one norm for all
-    tokens, the other 98 % would hardly be trained.
+    normalization is [ours]. It is per token because a few tokens of a ViT have massive activations:
+    with one norm for all tokens, the others would hardly be trained.
     """
     return torch.stack([((h - h_q).square().sum(-1) / h.square().sum(-1)).mean()
                         for h, h_q in zip(features, quantized_features)]).mean()
@@ -129,18 +129,10 @@ def optimizer_of(parameters, steps, device):
         1, (done + 1) / (WARMUP * steps)) * (0.5 + 0.5 * math.cos(math.pi * done / steps)))
 
 
-@contextmanager
 def fading(student, t):
-    """Within it, the ternary weights that are trained are W + t (W^ - W); t is a tensor. [ours]"""
-    layers = [layer for _, layer in vitq.modules_of(student, vitq.QuantWeight)
-              if layer.weight_bits == vitq.TERNARY and layer.weight.requires_grad]
-    for layer in layers:
-        layer.fade = t
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.fade = None
+    """A context in which the ternary weights that are trained are W + t (W^ - W). [ours]"""
+    return patched("fade", {layer: t for _, layer in vitq.modules_of(student, vitq.QuantWeight)
+                            if layer.weight_bits == vitq.TERNARY and layer.weight.requires_grad})
 
 
 # -------------------- The loop
@@ -182,7 +174,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
     student.requires_grad_(False)
     modules = [*vitq.blocks(student), *vitq.blocks(teacher),
                *(conv for _, conv in vitq.modules_of(student, vitq.QuantConv2d))]
-    with compiled_forward(modules, device, steps), \
+    with patched("forward", {m: compiled(m.forward, device, steps) for m in modules}), \
             vitq.block_outputs(teacher) as h, vitq.block_outputs(student) as h_q:
         for parameters, loss_function, stage_steps in stages(student, method, steps):
             loss_function = compiled(loss_function, device, steps)
@@ -193,12 +185,12 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                 index = torch.multinomial(shares, batch * processes, replacement=True)[mine]
                 u = torch.rand(5, batch * processes, device=device)[:, mine]
                 x = normalize(views(images[index], preprocessing.crop, u))
-                # on a GPU, matrix products of bfloat16, in which the integers are exact
+                # on a GPU, the operands of matrix products are bfloat16: integers are exact in it
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     with torch.no_grad():
-                        z = teacher(x).logits
-                    z_q = student(x).logits
-                loss = loss_function(h, h_q, z.float(), z_q.float())
+                        logits = teacher(x).logits
+                    logits_q = student(x).logits
+                loss = loss_function(h, h_q, logits.float(), logits_q.float())
                 optimizer.zero_grad()
                 loss.backward()
                 latest.copy_(loss.detach())
@@ -235,9 +227,9 @@ def parser():
     add("--data", metavar="DIR", help="labelled images for the last table, one folder per class")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
     add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
-    add("--steps", type=positive, help=f"default: {STEPS}; for tiny {TINY_STEPS}")
-    add("--batch", type=positive, help=f"of each process (default: {BATCH}; for tiny {TINY_BATCH})")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--steps", type=whole_number(1), help=f"default: {STEPS}; for tiny {TINY_STEPS}")
+    add("--batch", type=whole_number(1), help=f"per process (default: {BATCH}; tiny {TINY_BATCH})")
+    add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     add("--out", metavar="DIR", help="default: quantized/<model>-<bits>, of a baseline -<method>")
     return parser
 
@@ -252,14 +244,13 @@ def parse():
     args.edge_bits = args.edge_bits if args.edge_bits == "same" else int(args.edge_bits)
     suffix = "" if args.method == "joint" else f"-{args.method}"
     args.out = Path(args.out or f"quantized/{Path(args.model).resolve().name}-{args.bits}{suffix}")
-    vitq.check_output(args.out)
     return args
 
 
 def paint_missing(model, classifier, device):
     """The folder generated/<model>, with learned prompts, after painting what it lacks."""
-    settings, classes = generate.settings_of(model), len(classifier.class_names)
-    folder = generate.default_folder(settings)
+    settings, classes = generate.settings_of(model, classifier), len(classifier.class_names)
+    folder = generate.default_folder(model)
     classifier.model.to(device).requires_grad_(False)
     per_mode = math.ceil(PICTURES / (classes * settings["modes"]))
     generate.fill(folder, classifier, range(classes), device, per_mode, settings)
@@ -279,12 +270,27 @@ def read_images(folders, preprocessing, device):
     return torch.cat(images).to(device), torch.cat(shares).to(device)
 
 
+def save_anywhere(student, args, about):
+    """Save to args.out; if that fails, aside, since the training took long. Returns the bytes."""
+    try:
+        return vitq.save_quantized(student, args.out, args.bits, args.edge_bits, about)
+    except OSError as error:
+        with suppress(OSError):
+            args.out.rmdir()
+        aside = Path(tempfile.mkdtemp(prefix="vitq-")) / args.out.name
+        vitq.save_quantized(student, aside, args.bits, args.edge_bits, about)
+        raise BadInput(f"{args.out}: {error.strerror}; what was trained is in {aside}") from error
+
+
 def main():
     args = parse()
     device, (rank, processes) = start(args.device), rank_and_processes()
     for folder in args.images or []:
         list_images(folder)  # raises BadInput before anything takes time
     classifier = load_classifier(args.model)
+    identity = {"weights": vitq.fingerprint(classifier.model), "bits": args.bits,
+                "edge_bits": args.edge_bits, "method": args.method}
+    vitq.check_output(args.out, identity)
     if args.model == "tiny" and not args.data and rank == 0:
         args.data = shapes.test_folder()
     data = labelled_images(args.data, classifier.class_names) if args.data else None
@@ -306,9 +312,9 @@ def main():
     if rank > 0:
         return  # all of them hold the same student
     seconds = time.perf_counter() - begin
-    size = vitq.save_quantized(vitq.fold(student), args.out, args.bits, args.edge_bits, {
-        "source": args.model, "preprocessing": asdict(preprocessing)}) / 1e6
-    full_size = full_precision_mb(teacher)
+    about = {**identity, "source": source_of(args.model), "preprocessing": asdict(preprocessing)}
+    size = save_anywhere(vitq.fold(student), args, about) / 1e6
+    full_size = teacher.num_parameters() * 4 / 1e6
     print(f"{args.out}: {full_size:.2f} MB in float32, {size:.2f} MB packed; {len(images)} images, "
           f"{args.steps} steps of {args.batch * processes}, seed {args.seed}, {seconds:.0f} s")
     metrics = {**vars(args), "processes": processes, "num_images": len(images), "seconds": seconds,

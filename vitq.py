@@ -9,6 +9,7 @@ the weights and the scales. Each layer is written as the integer product that a 
 The numbers of the equations are this repository's own. [paper] marks what the paper's abstract and
 published summaries state; [ours] marks a form or a constant that was chosen here.
 """
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from transformers import (AttentionInterface, AutoConfig, DeiTForImageClassifica
 
 TERNARY = 1.58  # log2(3): the information in a weight of three levels
 EDGE_BITS = 8
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FAMILIES = {family.__name__: family for family in (
     ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher,
     SwinForImageClassification)}
@@ -73,9 +74,9 @@ def round_ste(x):
 def clip(x, low, high):
     """clamp() with gradient one on the closed interval [low, high] and zero outside.
 
-    torch.clamp gives the two ends a gradient of one up to torch 2.13 and of zero from 2.14 on. The
-    values that arrive here are rounded, so the ends are levels like any other: without their
-    gradient, only those ternary weights that are zero would go on learning.
+    torch.clamp's gradient at the two ends depends on the version. The values that arrive here are
+    rounded, so the ends are levels like any other: without their gradient, only those ternary
+    weights that are zero would go on learning.
     """
     return torch.where(x < low, low, torch.where(x > high, high, x))
 
@@ -118,20 +119,18 @@ def fake_quantize_weight(weight, scale, bits):
 
 
 # Eq. (6) tries these fractions of the largest magnitude. Logarithmic, because a few tokens of a ViT
-# carry massive activations: with a maximum a hundred times the 99.9th percentile, the best range is
-# a few percent of the maximum.
+# carry massive activations: the best range may be a few percent of the maximum.
 CLIPPING_GRID = torch.logspace(0, -2, 40)
 SAMPLE = 2 ** 15  # values of a tensor that Eq. (6) looks at: enough for an error that is a mean
 MASSIVE = 3  # times the median squared norm: larger tokens are massive, in Eq. (6)
 
 
 def massive_token_weights(x):
-    """The weights w of Eq. (6), (..., T, 1), for the input x (..., T, C) of a linear layer. [ours]
+    """The weights w of Eq. (6), (..., 1), for the input x (..., C) of a linear layer. [ours]
 
-    A few tokens of a ViT carry massive activations (Sun 2024). Where 2 % of the tokens reach 215
-    and the rest stay below 5, the plain squared error keeps a range of 215, in which the other 98 %
-    have a handful of levels. So the error of a massive token is divided by its squared norm, and
-    that of the others by a constant.
+    A few tokens of a ViT carry massive activations (Sun 2024). The plain squared error would keep
+    the range of these few, in which all other tokens have a handful of levels. So the error of a
+    massive token is divided by its squared norm, and that of the others by a constant.
     """
     norms = x.square().sum(-1, keepdim=True)
     return 1 / norms.clamp_min(MASSIVE * norms.median()).clamp_min(1e-8)
@@ -186,8 +185,8 @@ class ActivationQuantizer(nn.Module):
     def initialize(self, x, w):
         """Eq. (6) on a random sample of the values x, any shape, with weights w that broadcast."""
         index = torch.randint(x.numel(), (SAMPLE,)).to(x.device)
-        scale, zero_point = activation_scale(*(part.flatten()[index] for part in (
-            x, w.expand_as(x))), self.bits)
+        x, w = x.flatten()[index], w.expand_as(x).flatten()[index]
+        scale, zero_point = activation_scale(x, w, self.bits)
         self.log_scale.copy_(scale.log().squeeze())
         self.zero_point.copy_(zero_point.squeeze())
 
@@ -196,7 +195,8 @@ class ActivationQuantizer(nn.Module):
         scale = self.log_scale.exp()
         if not self.enabled:
             return x / scale, scale
-        # As columns, so that gradients are first summed along each row, in the kernel that has it.
+        # One scale per row, all of them the same: in the backward pass, the fused kernel of a row
+        # then sums its part of the gradient, instead of writing all of it out to be summed later.
         rows = [*x.shape[:-1], 1]
         return quantize_activation(
             x, scale.expand(rows), self.zero_point.expand(rows), self.bits), scale
@@ -210,6 +210,7 @@ class QuantWeight:
     Eq. (5): W = W_0 + dW, dW = 0 at the start. "Weight refinement" is [paper]. It needs no code of
     its own: `weight` starts as the pretrained W_0 and is trained itself. [ours]
     """
+    fade = None  # a tensor from 0 to 1 while ternary weights fade in, see quantize.py
 
     def fit(self, layer, weight_bits, input_quantizer, log_r=None):
         """Take over the weights of the floating-point `layer`.
@@ -221,7 +222,6 @@ class QuantWeight:
         self.weight_bits, self.input_quantizer, self.enabled = weight_bits, input_quantizer, True
         self.weight_log_scale = nn.Parameter(torch.zeros(len(self.weight)))
         self.register_parameter("log_r", log_r)
-        self.fade = None  # a number from 0 to 1 while ternary weights fade in, see quantize.py
 
     def rescaled_weight(self):
         """The right-hand factor of Eq. (4), W diag(r)."""
@@ -259,7 +259,10 @@ class QuantLinear(QuantWeight, nn.Linear):
 
 
 class QuantConv2d(QuantWeight, nn.Conv2d):
-    """The patch embedding, as QuantLinear: images (B, 3, H, W) -> (B, channels, rows, columns)."""
+    """The patch embedding, as QuantLinear: images (B, 3, H, W) -> (B, channels, rows, columns).
+
+    Without padding, and with a bias, as all three families have it.
+    """
 
     def __init__(self, conv, *args):
         nn.Conv2d.__init__(self, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
@@ -275,8 +278,9 @@ class RescaledLayerNorm(nn.LayerNorm):
     """Eq. (4): LN(x) W^T = (LN(x) / r) (W diag(r))^T; this is the left-hand factor.
 
     "Channel-wise rescaling" is [paper]; where it stands, and r = exp(log_r) > 0, (channels,), is
-    [ours]. The channels of a LayerNorm's output differ in range by a factor of a hundred, and one
-    scale must cover them all: without r, the quiet channels round to zero.
+    [ours]. The channels of a LayerNorm's output differ widely in range, and one scale must cover
+    them all: without r, the quiet channels round to zero. The right-hand factor is
+    `QuantWeight.rescaled_weight`.
     """
 
     def __init__(self, norm):
@@ -285,10 +289,9 @@ class RescaledLayerNorm(nn.LayerNorm):
         self.log_r = nn.Parameter(torch.zeros_like(norm.weight))
 
     def forward(self, x):
-        if self.log_r is None:
-            return super().forward(x)
-        weight, bias = self.weight * (-self.log_r).exp(), self.bias * (-self.log_r).exp()
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        y = super().forward(x)
+        return y if self.log_r is None else y / self.log_r.exp()
+
 
 # -------------------- Attention: Eq. (8)
 
@@ -303,18 +306,18 @@ def quantized_attention(module, query, key, value, attention_mask, scaling, **kw
     quantized before its division. A query that looks at one token has a probability near 1; one
     that looks at all 197 has none above 0.01, and a scale that covers the first rounds the second
     to nothing. Relative to the largest of their row, both reach the highest level. This amounts to
-    a factor per row that is computed, not stored: it makes a comparison with methods that quantize
-    the output of the softmax generous.
+    a factor per row that is computed, not stored, so a comparison with methods that quantize the
+    output of the softmax favours this one.
     """
-    (q, s_q), (k, s_k) = module.query_quantizer(query), module.key_quantizer(key)
-    a = s_q * s_k * scaling * (q @ k.transpose(-1, -2)).float()  # (B, heads, T, T)
+    (q_q, s_q), (q_k, s_k) = module.query_quantizer(query), module.key_quantizer(key)
+    a = s_q * (s_k * scaling) * (q_q @ q_k.transpose(-1, -2)).float()  # (B, heads, T, T)
     if attention_mask is not None:
         a = a + attention_mask
-    # The gradient passes through the maximum, too: the largest of a row stays 1 whatever its score,
-    # so it can gain only by what the others lose.
+    # The maximum is not detached. The largest e of a row is 1 whatever its score, so this score
+    # gets its gradient through the other e of the row, which all contain it.
     e = (a - a.amax(-1, keepdim=True)).exp()
-    (p, s_p), (v, s_v) = module.probability_quantizer(e), module.value_quantizer(value)
-    o = s_p * s_v * (p @ v).float() / e.sum(-1, keepdim=True)  # (B, heads, T, d)
+    (q_e, s_e), (q_v, s_v) = module.exp_quantizer(e), module.value_quantizer(value)
+    o = s_e * s_v * (q_e @ q_v).float() / e.sum(-1, keepdim=True)  # (B, heads, T, d)
     return o.transpose(1, 2).contiguous(), None
 
 
@@ -332,8 +335,8 @@ def blocks(model):
 def block_outputs(model):
     """Yields a list with the h_l, (B, T, channels), of all blocks in the model's latest forward.
 
-    Within it, the residual stream stays float32, also where autocast would make it bfloat16: in a
-    Swin, a linear layer stands between the stages.
+    Within this context, the residual stream stays float32 also under autocast; Swin's patch merging
+    would hand on bfloat16.
     """
     order = {block: l for l, block in enumerate(blocks(model))}
     outputs = [None] * len(order)
@@ -380,7 +383,7 @@ def quantize_modules(model, bits, edge_bits=EDGE_BITS):
 
     for block in blocks(model):
         replace(block.attention, ["q_proj", "k_proj", "v_proj"], rescale(block, "layernorm_before"))
-        for operand in ("query", "key", "value", "probability"):
+        for operand in ("query", "key", "value", "exp"):
             setattr(block.attention, f"{operand}_quantizer", ActivationQuantizer(activation_bits))
         replace(block.attention, ["o_proj"])
         replace(block.mlp, ["fc1"], rescale(block, "layernorm_after"))
@@ -488,8 +491,12 @@ def pack(q, bits):
 
 
 def unpack(packed, bits, shape):
-    """The inverse of `pack`: int8 integers of the given shape."""
+    """The inverse of `pack`: int8 integers of the given shape. Raises ValueError."""
     count = int(np.prod(shape))
+    length = -(-count // 5) if bits == TERNARY else -(-count * bits // 8)
+    if packed.dtype != torch.uint8 or packed.shape != (length,) or \
+            bits == TERNARY and packed.max() > 242:
+        raise ValueError(f"{packed.shape} of {packed.dtype} are not {count} weights of {bits} bits")
     if bits == TERNARY:
         unsigned = (packed.numpy()[:, None] // POWERS_OF_3 % 3).ravel()[:count]
     else:
@@ -499,11 +506,44 @@ def unpack(packed, bits, shape):
     return torch.from_numpy(q).view(*shape)
 
 
+def alive(process):
+    """Whether a process of this number runs on this machine, or may; True if it is no number."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True
+
+
 def write_whole(path, data):
-    """Write bytes to a file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if not alive(left.suffix[1:]):
+            left.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def checksum(text, tensors):
+    """SHA-256 of a text and of named tensors, in hexadecimal."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + str(tensors[name].dtype).encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(model):
+    """What tells a model from any other: the checksum of its parameters."""
+    return checksum("", dict(model.named_parameters()))[:16]
 
 
 @torch.no_grad()
@@ -511,18 +551,21 @@ def save_quantized(model, folder, bits, edge_bits, about):
     """Write a folded model to `folder`: model.safetensors, and config.json for people to read.
 
     `about` is a dictionary stored beside the network's own configuration (source, preprocessing).
-    An older result is replaced; another folder raises BadInput. Returns the size in bytes.
+    Returns the size in bytes. Raises BadInput if a number is not finite.
     """
-    check_output(folder)
     tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise BadInput(f"{folder}: not all weights or scales are finite; nothing was written")
     for name, layer in modules_of(model, QuantWeight):
         q, _ = layer.quantized_weight()
         tensors[f"{name}.weight"] = pack(q.char().cpu(), layer.weight_bits)
-    config = json.dumps({"format": "vitq", "version": FORMAT_VERSION, "bits": bits,
-                         "edge_bits": edge_bits, **about, "architecture": type(model).__name__,
-                         "network": model.config.to_dict()}, indent=1)
+    config = {"format": "vitq", "version": FORMAT_VERSION, "bits": bits, "edge_bits": edge_bits,
+              **about, "architecture": type(model).__name__, "network": model.config.to_dict()}
+    config["checksum"] = checksum(json.dumps(config), tensors)
+    config = json.dumps(config, indent=1)
     data = save(tensors, {"config": config})  # one file, so that weights and bits cannot part
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx").unlink(missing_ok=True)  # of export.py, from the older result
     write_whole(folder / "model.safetensors", data)
     write_whole(folder / "config.json", config.encode())
     return len(data)
@@ -538,14 +581,20 @@ def read_config(folder):
     return config if isinstance(config, dict) and config.get("format") == "vitq" else None
 
 
-def check_output(folder):
-    """Raise BadInput if `folder` cannot be written, or holds anything but an earlier result."""
-    if folder.exists() and not read_config(folder):
-        raise BadInput(f"{folder}: exists and is not a quantized model; it is left alone, name "
-                       "another folder with --out")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"{folder}: {parent} is not a folder that can be written to; name another "
+def check_output(folder, identity):
+    """Raise BadInput if `folder` cannot be written, or holds anything but a result of the same
+    model and settings: `identity`, some items of its configuration."""
+    config = read_config(folder)
+    if config is None and folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
+        raise BadInput(f"{folder}: is not a quantized model; it is left alone, name another folder "
+                       "with --out")
+    for name, value in identity.items() if config else ():
+        if config.get(name) != value:
+            raise BadInput(f"{folder}: holds a result with {name} {config.get(name)}, not {value}; "
+                           "it is left alone, name another folder with --out")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BadInput(f"{folder}: {there} is not a folder that can be written to; name another "
                        "folder with --out")
 
 
@@ -555,20 +604,31 @@ def load_quantized(folder):
 
     Raises BadInput for another format version and for a file that is damaged or cut short.
     """
-    config = read_config(folder) or {}
+    config = read_config(folder)
+    if config is None:
+        raise BadInput(f"{folder}: no quantized model, or a damaged one; quantize it again")
     if config.get("version") != FORMAT_VERSION:
         raise BadInput(f"{folder}: format version {config.get('version')}, but this code reads "
                        f"version {FORMAT_VERSION}; quantize the model again")
     with reading(folder, "quantize it again"):
+        tensors = load_file(Path(folder) / "model.safetensors")
+        if checksum(json.dumps({k: v for k, v in config.items() if k != "checksum"}), tensors) \
+                != config["checksum"]:
+            raise ValueError("its checksum does not match")
+        if config["edge_bits"] not in (EDGE_BITS, "same"):
+            raise ValueError(f"edge_bits {config['edge_bits']}")
         network = FAMILIES[config["architecture"]](AutoConfig.for_model(**config["network"]))
         model = fold(quantize_modules(network, config["bits"], config["edge_bits"]))
-        tensors = load_file(Path(folder) / "model.safetensors")
         layers = {f"{name}.weight": layer for name, layer in modules_of(model, QuantWeight)}
         for name, parameter in model.named_parameters():
             if name not in layers:
+                if tensors[name].shape != parameter.shape:
+                    raise ValueError(f"{name} has another shape")
                 parameter.copy_(tensors[name])
         for name, layer in layers.items():
             q = unpack(tensors[name], layer.weight_bits, layer.weight.shape)
             # s q lies on the grid: the forward rounds it to exactly q
             layer.weight.copy_(layer.weight_log_scale.exp().view(-1, *[1] * (q.dim() - 1)) * q)
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError("not all numbers are finite")
     return model.eval(), config
