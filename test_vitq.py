@@ -6,6 +6,7 @@ No network, no GPU. One test needs ../shared/imagenet (a real ViT-Ti, photograph
 is skipped.
 """
 import copy
+import errno
 import functools
 import json
 import math
@@ -29,11 +30,10 @@ from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
-from transformers import (DeiTConfig, DeiTForImageClassification, DeiTImageProcessor, SwinConfig,
-                          DeiTForImageClassificationWithTeacher, SwinForImageClassification,
-                          ViTConfig, ViTForImageClassification, ViTImageProcessor)
+from transformers import AutoImageProcessor, ViTImageProcessor
 
 import eval as evaluation
+import export
 import generate
 import prompts
 import quantize
@@ -45,6 +45,7 @@ HERE = Path(__file__).parent
 IMAGENET = HERE.parent / "shared" / "imagenet"
 README = (HERE / "README.md").read_text()
 SCRIPTS = {"generate.py": generate, "quantize.py": quantize, "eval.py": evaluation,
+           "export.py": export,
            "tiny/shapes.py": shapes, "tiny/train.py": train}
 GENERATE = "generate.py --model tiny --class Kite --modes 3 --per-mode 2"
 QUANTIZE = "quantize.py --model vit_t --images photos"
@@ -53,12 +54,25 @@ ALL_BITS = [TERNARY, 2, 3, 4, 5, 6, 7, 8]
 SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
              image_size=32, patch_size=8, num_labels=10)
 SWIN = dict(embed_dim=16, depths=[1, 2], num_heads=[1, 2], window_size=7, num_labels=10)
-FAMILIES = {"vit": lambda: ViTForImageClassification(ViTConfig(**SMALL)),
-            "deit": lambda: DeiTForImageClassification(DeiTConfig(**SMALL)),
-            "distilled deit": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)),
-            "swin": lambda: SwinForImageClassification(SwinConfig(**SWIN, image_size=56)),
+LARGE = SMALL | dict(image_size=384, patch_size=32, num_hidden_layers=2)
+ViT, DeiT, Distilled, Swin = vitq.FAMILIES.values()  # transformers' classes
+FAMILIES = {"vit": (ViT, SMALL), "deit": (DeiT, SMALL), "distilled deit": (Distilled, SMALL),
+            "swin": (Swin, SWIN | dict(image_size=56)),
             # 16 patches a side, which windows of 7 cover only with padding
-            "padded swin": lambda: SwinForImageClassification(SwinConfig(**SWIN, image_size=64))}
+            "padded swin": (Swin, SWIN | dict(image_size=64))}
+VARIANTS = FAMILIES | {
+    "vit, 384 pixels": (ViT, LARGE), "deit, 384 pixels": (DeiT, LARGE),
+    "distilled deit, 384 pixels": (Distilled, LARGE),
+    "vit, pixels left over": (ViT, SMALL | dict(image_size=37, num_attention_heads=4)),
+    "vit, no biases, ReLU": (ViT, SMALL | dict(patch_size=4, qkv_bias=False, hidden_act="relu")),
+    "deit, one block, one head": (DeiT, SMALL | dict(num_hidden_layers=1, num_attention_heads=1)),
+    "distilled deit, patches of 16": (Distilled, SMALL | dict(patch_size=16, qkv_bias=False)),
+    "swin, windows of 12": (Swin, SWIN | dict(image_size=192, patch_size=8, window_size=12)),
+    "swin, three stages, odd maps": (Swin, SWIN | dict(
+        image_size=40, window_size=3, depths=[1, 2, 1], num_heads=[1, 2, 4])),
+    "swin, absolute positions": (Swin, SWIN | dict(
+        image_size=32, patch_size=2, window_size=4, use_absolute_embeddings=True, qkv_bias=False)),
+    "swin, one stage, one window": (Swin, SWIN | dict(image_size=28, depths=[2], num_heads=[2]))}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +85,8 @@ def seeded_and_quick(monkeypatch):
 def random_model(family):
     """Weights large enough for each layer to matter: those of transformers' own start near zero."""
     torch.manual_seed(0)
-    model = FAMILIES[family]().eval()
+    network, settings = VARIANTS[family]
+    model = network(network.config_class(**settings)).eval()
     for name, parameter in model.named_parameters():
         norm = "norm" in name
         std = 0.3 if norm else 0.5 / parameter.shape[-1] ** 0.5
@@ -87,7 +102,8 @@ def preprocessing_of(model):
 def quantized(family, bits="w4a4", **options):
     """A full-precision model, its initialized quantized copy, and pixels."""
     model = random_model(family)
-    pixels = torch.randn(32, 3, model.config.image_size, model.config.image_size)
+    side = model.config.image_size
+    pixels = torch.randn(32 if side < 100 else 4, 3, side, side)
     student = vitq.quantize_modules(copy.deepcopy(model), bits, **options)
     return model, vitq.initialize(student, pixels).requires_grad_(False), pixels
 
@@ -137,10 +153,19 @@ def test_eq_2_and_3_and_their_gradients_are_torchs(bits):
 
 # -------------------- Eq. (4)-(8)
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_rounding_off_the_network_is_the_original(family):
-    """After Eq. (6) and (7), with any other r, and folded, Eq. (4)."""
-    model, student, pixels = quantized(family)
+@pytest.mark.parametrize("family, bits", [*((family, "w3a3") for family in VARIANTS), (
+    "vit", "w158a8"), ("vit", "w8a8"), ("padded swin", "w158a8")])
+def test_with_rounding_off_the_network_is_the_original(family, bits, tmp_path):
+    """After Eq. (6) and (7), with any other r, and folded, Eq. (4).
+
+    With rounding on, it gives the same logits bit for bit once it has been saved and loaded.
+    """
+    model, student, pixels = quantized(family, bits)
+    folded = vitq.fold(copy.deepcopy(student))
+    vitq.save_quantized(folded, tmp_path / "q", bits, 8, {"source": "nowhere"})
+    loaded, config = vitq.load_quantized(tmp_path / "q")
+    assert torch.equal(loaded(pixels).logits, folded(pixels).logits)
+    assert config["bits"] == bits and config["source"] == "nowhere"
     vitq.enable(student, False)
     outputs = [student(pixels).logits]
     for _, norm in vitq.modules_of(student, vitq.RescaledLayerNorm):
@@ -149,7 +174,7 @@ def test_with_rounding_off_the_network_is_the_original(family):
     outputs.append(vitq.fold(student)(pixels).logits)
     assert not [name for name, _ in student.named_parameters() if name.endswith("log_r")]
     expected = model(pixels).logits
-    tolerance = 2e-5 * expected.abs().max().item()  # of float32, through every layer
+    tolerance = 1e-5 * expected.abs().max().item()  # of float32, through every layer
     assert_close(outputs, [expected] * 3, rtol=0, atol=tolerance)
 
 
@@ -213,7 +238,7 @@ def test_eq_6_has_weights_for_the_inputs_of_linear_layers_alone(monkeypatch):
     _, student, _ = quantized("vit")
     assert len(seen) == 3 * 8 + 2  # a block: the input of q, k and v, of three more, and Eq. (8)'s
     for name, quantizer in vitq.modules_of(student, vitq.ActivationQuantizer):
-        assert seen[quantizer] != bool(re.search("query|key|value|probability|projection", name))
+        assert seen[quantizer] != bool(re.search("query|key|value|exp|projection", name))
 
 
 @pytest.mark.parametrize("family, pairs", [("vit", 3 * 4), ("padded swin", 3 * 4 + 1)])
@@ -278,7 +303,7 @@ def test_a_quantized_layer_is_an_integer_matrix_product(bits):
 def test_eq_8_quantizes_every_operand():
     """The attention function against Eq. (8) written out with torch's own fake-quantize."""
     module, bias, (query, key, value) = nn.Module(), torch.randn(5, 5), torch.randn(3, 2, 3, 5, 8)
-    grids = {"query": (0.41, 7), "key": (0.37, 8), "value": (0.43, 6), "probability": (0.067, 1)}
+    grids = {"query": (0.41, 7), "key": (0.37, 8), "value": (0.43, 6), "exp": (0.067, 1)}
     for name, (scale, zero_point) in grids.items():
         quantizer = vitq.ActivationQuantizer(4).requires_grad_(False)
         quantizer.log_scale.fill_(math.log(scale))
@@ -292,7 +317,7 @@ def test_eq_8_quantizes_every_operand():
     scores = rounded("query", query) @ rounded("key", key).transpose(-1, -2) * 0.3 + bias
     softmax = scores.softmax(-1)
     largest = softmax.amax(-1, keepdim=True)
-    expected = rounded("probability", softmax / largest) @ rounded("value", value) * largest
+    expected = rounded("exp", softmax / largest) @ rounded("value", value) * largest
     assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
@@ -300,7 +325,7 @@ def test_eq_8_a_clipped_probability_has_a_gradient():
     """Against finite differences, with a quantizer that only clips: the largest of each row is."""
     module, one = nn.Module(), torch.ones(())
     module.query_quantizer = module.key_quantizer = module.value_quantizer = lambda x: (x, one)
-    module.probability_quantizer = lambda x: (x.clamp(0, 0.3), one)
+    module.exp_quantizer = lambda x: (x.clamp(0, 0.3), one)
     query, key, value, direction = torch.randn(4, 2, 3, 5, 8)
 
     def total(query):
@@ -332,17 +357,6 @@ def test_packing_round_trips_at_every_length(bits):
         assert torch.equal(vitq.unpack(packed, bits, q.shape), q)
 
 
-@pytest.mark.parametrize("family, bits", [*((family, "w3a3") for family in FAMILIES),
-                                          ("vit", "w158a8"), ("vit", "w8a8"),
-                                          ("padded swin", "w158a8")])
-def test_saved_and_loaded_logits_are_equal_bit_for_bit(family, bits, tmp_path):
-    _, student, pixels = quantized(family, bits)
-    vitq.save_quantized(vitq.fold(student), tmp_path / "q", bits, 8, {"source": "nowhere"})
-    loaded, config = vitq.load_quantized(tmp_path / "q")
-    assert torch.equal(loaded(pixels).logits, student(pixels).logits)
-    assert config["bits"] == bits and config["source"] == "nowhere"
-
-
 # -------------------- Checkpoints of others
 
 class TimmsNetwork(nn.Module):
@@ -371,24 +385,79 @@ class TimmsNetwork(nn.Module):
         return logits if len(tokens) == 1 else (logits + self.head_dist(x[:, 1])) / 2
 
 
-@pytest.mark.parametrize("kind", ["vit_tiny", "deit_tiny_distilled"])
-def test_timms_checkpoints_against_torchs_own_layers(kind, tmp_path):
+def rewrite(folder, config={}, processor={}, tensors={}, prefix="", files=["model.safetensors"]):
+    """Change items of a checkpoint (a value of ... removes one), and the files that it lies in.
+
+    The prefix comes before the names of all tensors.
+    """
+    paths = folder / "config.json", folder / "preprocessor_config.json"
+    about, weights = json.loads(paths[0].read_text()), load_file(folder / "model.safetensors")
+    said = about.get("pretrained_cfg") or json.loads(paths[1].read_text())
+    for items, changes in ((about, config), (said, processor), (weights, tensors)):
+        items.update(changes)
+        for name in [name for name, value in changes.items() if value is ...]:
+            del items[name]
+    for path, content in zip(paths, (about, said)):
+        path.write_text(json.dumps(content))
+    (folder / "model.safetensors").unlink()
+    index = {prefix + name: files[i % len(files)] for i, name in enumerate(sorted(weights))}
+    for file in files:
+        part = {name: weights[name.removeprefix(prefix)] for name in index if index[name] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    if len(files) > 1:
+        index = json.dumps({"metadata": {}, "weight_map": index})
+        (folder / "model.safetensors.index.json").write_text(index)
+
+
+def timm_folder(folder, kind="vit_tiny"):
+    """A random model in timm's format, in half precision, whose q, k and v have biases of zero."""
     network = TimmsNetwork("distilled" in kind).eval().requires_grad_(False)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.08 if parameter.dim() > 1 else 1)
-    tensors = network.state_dict()
+    for name, parameter in network.named_parameters():
+        std = 0.08 if parameter.dim() > 1 else float("in_proj" not in name)
+        nn.init.normal_(parameter, std=std)
+    tensors = network.half().state_dict()
     for torchs, timms in (("self_attn.in_proj_", "attn.qkv."), ("self_attn.out_proj", "attn.proj"),
                           ("linear1", "mlp.fc1"), ("linear2", "mlp.fc2")):
         tensors = {name.replace(torchs, timms): tensor for name, tensor in tensors.items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
         "architecture": f"{kind}_patch16_224", "num_classes": 10, "pretrained_cfg": {
             "input_size": [3, 32, 32], "crop_pct": 0.9, "interpolation": "bicubic",
             "mean": [0.5] * 3, "std": [0.5] * 3}}))
+    return network.float()
+
+
+BIRDS = {i: f"bird {i}" for i in range(10)}
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(50, 200, (9, 12, 3)).astype(
+    np.uint8)).resize((61, 44), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("kind", ["vit_tiny", "deit_tiny_distilled"])
+@pytest.mark.parametrize("changes", [
+    dict(), dict(prefix="module._orig_mod."), dict(prefix="timm_model."),
+    dict(config=dict(label_names=list(BIRDS.values()), global_pool="token")),
+    dict(config=dict(label_names=BIRDS, model_args={"num_heads": 4, "img_size": 32})),
+    dict(processor=dict(label_names=BIRDS, crop_mode="squash")),
+    dict(processor=dict(label_names=list(BIRDS.values()), crop_mode="center")),
+    dict(config=dict(model_args={"qkv_bias": False, "drop_path_rate": 0.1}),
+         tensors={f"blocks.{i}.attn.qkv.bias": ... for i in range(2)})])
+def test_timms_checkpoints_against_torchs_own_layers(kind, changes, tmp_path):
+    """Also of two files."""
+    network = timm_folder(tmp_path, kind)
+    files = ["a.safetensors", "b.safetensors"] if "distilled" in kind else ["model.safetensors"]
+    rewrite(tmp_path, files=files, **changes)
+    config, processor = changes.get("config", {}), changes.get("processor", {})
+    for block in network.blocks:
+        block.self_attn.num_heads = config.get("model_args", {}).get("num_heads", 2)
+        block.self_attn.head_dim = 128 // block.self_attn.num_heads
     classifier, pixels = evaluation.load_classifier(str(tmp_path)), torch.randn(3, 3, 32, 32)
     assert_close(classifier.model(pixels).logits, network(pixels), rtol=1e-4, atol=1e-3)
-    assert classifier.preprocessing.resize == 35 and classifier.preprocessing.crop == 32  # 32 / 0.9
-    assert classifier.class_names == [str(i) for i in range(10)]
+    name = "bird {}" if "label_names" in {**config, **processor} else "LABEL_{}"
+    assert classifier.class_names == [name.format(i) for i in range(10)]
+    resize = [35, 35] if processor.get("crop_mode") == "squash" else 35  # 32 / 0.9
+    expected = VF.center_crop(VF.resize(PICTURE, resize, InterpolationMode.BICUBIC), [32, 32])
+    assert torch.equal(classifier.preprocessing.pixels()(PICTURE), VF.pil_to_tensor(expected))
 
 
 def hub_folder(folder, family="vit"):
@@ -402,22 +471,76 @@ def hub_folder(folder, family="vit"):
     return model
 
 
+CROP = dict(do_center_crop=True, crop_size={"height": 32, "width": 32})
+LEGACY = dict(image_processor_type=..., feature_extractor_type="DeiTFeatureExtractor", size=36)
+
+
 @pytest.mark.parametrize("options", [
-    dict(size=256, do_center_crop=True, crop_size=224, resample=3),
-    dict(size={"shortest_edge": 240}, do_center_crop=True, crop_size=224, resample=2,
-         image_mean=[0.48, 0.45, 0.40], image_std=[0.22, 0.23, 0.24]),
-    dict(size=224, do_center_crop=False, resample=3)])
-def test_preprocessing_is_the_checkpoints(options):
-    """Against transformers' own image processor, within the rounding of a resized pixel."""
-    processor = DeiTImageProcessor(**options)
-    coarse = np.random.default_rng(0).integers(0, 255, (9, 12, 3)).astype(np.uint8)
-    image = Image.fromarray(coarse).resize((480, 360), Image.Resampling.BICUBIC)
-    expected = processor(image, return_tensors="pt").pixel_values
-    preprocessing = evaluation.Preprocessing.from_transformers(processor)
-    got = preprocessing.normalizer(CPU)(preprocessing.pixels()(image)[None])
-    assert got.shape == expected.shape == (1, 3, 224, 224)
-    levels = (got - expected).abs() * 255 * min(preprocessing.std)
+    dict(resample=3), dict(resample=0), dict(resample=1, image_mean=0.4, image_std=0.3),
+    dict(do_normalize=False), dict(do_normalize=False, rescale_factor=1 / 127.5),
+    dict(rescale_factor=1 / 127.5, image_mean=[1, 1.1, 0.9], image_std=[0.4, 0.5, 0.6]),
+    dict(CROP, size={"shortest_edge": 37}), dict(CROP, size=36, crop_size=32),
+    dict(CROP, size={"height": 35, "width": 40}, image_mean=[0.48, 0.45, 0.40]),
+    dict(CROP, size={"shortest_edge": 28}), dict(CROP, **LEGACY),  # padded, where it is smaller
+    dict(CROP, image_processor_type="CLIPImageProcessor", size={"shortest_edge": 32})])
+def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
+    """On a photograph, of a checkpoint of two files; and nearly so on a painted picture."""
+    hub_folder(tmp_path)
+    rewrite(tmp_path, processor=options, files=["a.safetensors", "b.safetensors"])
+    classifier = evaluation.load_classifier(str(tmp_path))
+    preprocessing, model = classifier.preprocessing, classifier.model
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    expected = processor(PICTURE, return_tensors="pt").pixel_values
+    got = preprocessing.normalizer(CPU)(preprocessing.pixels()(PICTURE)[None])
+    assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    theirs = ViT.from_pretrained(tmp_path)(expected).logits
+    assert_close(model(got).logits, theirs, rtol=1e-4, atol=1e-4)
+    seen = preprocessing.of_pictures(VF.to_image(PICTURE)[None] / 255)
+    levels = (seen - expected).abs() * 255 * min(preprocessing.std)
     assert levels.max() < 2.5 and levels.mean() < 0.5
+
+
+@pytest.mark.parametrize("kind, part, changes, fragment", [
+    ("timm", "config", {"num_classes": 0}, "num_classes 0"),
+    ("timm", "config", {"global_pool": "avg"}, "global_pool avg"),
+    *(("timm", "config", {"model_args": {name: value}}, f"{name} {value}") for name, value in (
+        ("global_pool", "map"), ("fc_norm", True), ("class_token", False), ("in_chans", 1))),
+    ("timm", "config", {"model_args": {"reg_tokens": 4}}, "reg_tokens in model_args"),
+    ("timm", "config", {"model_args": {"img_size": 40}}, "position_embeddings"),
+    *(("timm", "tensors", {name: torch.ones(128)}, f"{name} is not known") for name in (
+        "reg_token", "fc_norm.weight", "norm_pre.bias")),
+    ("timm", "tensors", {"blocks.0.ls1.gamma": torch.ones(128)}, "ls1.gamma is not known"),
+    ("timm", "tensors", {"norm.weight": ...}, "layernorm.weight is missing"),
+    ("timm", "tensors", {"head.bias": torch.full((10,), torch.nan)}, "head.bias is not finite"),
+    ("timm", "processor", {"crop_mode": "border"}, "crop_mode border"),
+    ("timm", "processor", {"input_size": [3, 32, 24]}, "input_size [3, 32, 24]"),
+    ("timm", "processor", {"label_names": ["bird"] * 9}, "9 label_names for 10"),
+    *(("timm", "processor", {name: ...}, f"no {name} in pretrained_cfg") for name in (
+        "input_size", "crop_pct", "interpolation", "mean", "std")),
+    *(("hub", "processor", {name: False}, f"{name} false") for name in ("do_resize", "do_rescale")),
+    *(("hub", "processor", {"resample": kind}, f"resample {kind}") for kind in (None, 4, 5)),
+    *(("hub", "processor", {"size": size}, fragment) for size, fragment in (
+        ({"shortest_edge": 32, "longest_edge": 40}, "longest_edge 40"),
+        ({"height": 48, "width": 48}, "image_size is 32, the processor's pictures have 48"),
+        ({"height": 32, "width": 24}, "32 x 24"), ({"shortest_edge": 32}, "None x None"))),
+    ("hub", "processor", {"image_processor_type": "ConvNextImageProcessor"}, "ConvNext"),
+    ("hub", "processor", {"image_processor_type": "Own", "auto_map": {
+        "AutoImageProcessor": "own.Own"}}, "custom code"),
+    *(("hub", "config", {name: {}}, name) for name in ("auto_map", "quantization_config")),
+    *(("hub", "config", {"id2label": names}, "id2label") for names in (
+        {i + 1: name for i, name in BIRDS.items()}, {i: i for i in BIRDS}, {**BIRDS, 3: ""})),
+    ("hub", "config", {"id2label": {0: "kite", 1: "crane"}}, "(10, 32)] are too many"),
+    ("hub", "config", {"num_hidden_layers": 10 ** 9}, "1000000000 layers"),
+    ("hub", "tensors", {"extra": torch.zeros(3)}, "(3,)] are too many"),
+    ("hub", "tensors", {"vit.layernorm.weight": ...}, "(32,)] are missing"),
+    ("hub", "tensors", {"classifier.bias": ..., "bias": torch.zeros(10)}, "missing_keys")])
+def test_what_is_not_followed_is_refused_by_name(kind, part, changes, fragment, template, tmp_path):
+    shutil.copytree(template / kind, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "own.py").write_text("1 / 0")
+    rewrite(tmp_path, **{part: changes})
+    with pytest.raises(vitq.BadInput) as refusal:
+        evaluation.load_classifier(str(tmp_path))
+    assert fragment in str(refusal.value).splitlines()[0]
 
 
 @pytest.mark.parametrize("resize", [40, [36, 44]])
@@ -521,13 +644,15 @@ def test_a_training_step_of_every_family(family):
     assert not any(parameter.requires_grad for parameter in after.values())
 
 
-@pytest.mark.skipif(not shutil.which(evaluation.CPU_COMPILER), reason="needs a C++ compiler")
 def test_a_compiled_layer_is_the_plain_one():
     """Its output and its gradients; and it is as before when compiling is over."""
+    if not evaluation.can_compile(CPU):
+        pytest.skip("needs a C++ compiler")
     layer = vitq.blocks(quantized("vit", "w158a8")[1])[0].mlp.fc1.requires_grad_(True)
     layer.fade, x, results = torch.tensor(0.7), torch.randn(2, 17, 32), []
     for steps in (1, 1000):
-        with evaluation.compiled_forward([layer], CPU, steps):
+        forward = evaluation.compiled(layer.forward, CPU, steps)
+        with evaluation.patched("forward", {layer: forward}):
             results.append(with_gradients(layer(x), list(layer.parameters())))
     assert_close(*results, rtol=1e-4, atol=1e-4)
     assert "forward" not in vars(layer)
@@ -590,6 +715,30 @@ def test_nothing_stays_faded_or_patched_after_an_exception(monkeypatch):
     for module in student.modules():
         assert getattr(module, "fade", None) is None and "forward" not in vars(module)
         assert not module._forward_hooks
+
+
+# -------------------- The integers that run
+
+@pytest.mark.parametrize("family, bits, edge_bits", [
+    ("vit", "w4a4", 8), ("deit", "w3a3", "same"), ("distilled deit", "w158a8", 8),
+    ("swin", "w8a8", "same"), ("padded swin", "w2a8", 8)])
+def test_onnx_runtimes_integers_are_torchs(family, bits, edge_bits):
+    """The logits are equal but where a value sits at a tie between two levels. No product is left
+    in floating point, and few bits are stored as few."""
+    _, student, pixels = quantized(family, bits, edge_bits=edge_bits)
+    weight_bits, _ = vitq.parse_bits(bits)
+    products = len(vitq.modules_of(student, vitq.QuantWeight)) + 2 * len(vitq.blocks(student))
+    proto = export.to_onnx(export.integer_network(copy.deepcopy(vitq.fold(student))))
+    proto = export.store_packed(proto, weight_bits)
+    logits, = export.session_of(proto).run(None, {"pixel_values": pixels.numpy()})
+    expected = student(pixels).logits
+    equal = (torch.from_numpy(logits) - expected).abs().amax(1) < 1e-3 * expected.std()
+    assert equal.sum() >= 30 and len(equal) == 32
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == products
+    assert not {"MatMul", "Gemm", "Conv", "Einsum"} & {*kinds}
+    stored = {tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) == 2}
+    assert {TERNARY: 26, 2: 26, 3: 22, 4: 22, 8: 2}[weight_bits] in stored  # INT2, INT4, UINT8
 
 
 # -------------------- Eq. (12)-(17)
@@ -759,8 +908,8 @@ def test_learned_prompts_show_the_class_and_differ(sampler, tiny_classifier, tmp
     """
     losses = []
     learned = prompts.learn(sampler, tiny_classifier, 6, "boat", 8, 0, 8, losses.append)
-    prompts.save_prompts(tmp_path / "file", *learned, {})
-    texts, v = prompts.load_prompts(tmp_path / "file", {})
+    prompts.save_prompts(tmp_path / "file", *learned, {"modes": 8})
+    texts, v = prompts.load_prompts(tmp_path / "file", {"modes": 8})
     _, seen, phi = painted(sampler, tiny_classifier, texts * 4, v.repeat(4, 1, 1))
     _, _, bare_phi = painted(sampler, tiny_classifier, ["a photo of boat"] * 32)
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) and (seen == 6).float().mean() > 0.6
@@ -808,6 +957,7 @@ def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, mo
     command(GENERATE)
     for other in ("--modes 4", "--seed 1", "--prompts text --out generated/tiny"):
         refused(f"{GENERATE} {other}", "prompts.safetensors", other.split()[1], "--out")
+    refused(f"{GENERATE} --model vit_t --out generated/tiny", "weights")
     monkeypatch.setattr(prompts, "LEARNING_RATE", 1.0)
     refused(GENERATE, "learning_rate 0.05, not 1.0")
     (folder / "prompts.safetensors").write_bytes(b"")
@@ -886,6 +1036,9 @@ def test_hub_ids_load_from_the_cache_without_network(workplace, command, monkeyp
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     out = command("generate.py --class kite --modes 2 --per-mode 1 --prompts class").out
     assert "2 pictures" in out
+    folder = next(Path("cache").glob("*turbo/snapshots/*"))  # as good, with float16 files only
+    half, _ = generate.load_generator(str(folder), torch.float32)
+    assert_close(half.unet.conv_in.weight, pipeline.unet.conv_in.weight.float())
 
 
 # -------------------- tiny
@@ -969,6 +1122,7 @@ def template(tmp_path_factory):
         (folder / path).touch()
     for name in ("hub", "bare", "timm_swin"):
         hub_folder(folder / name)
+    timm_folder(folder / "timm")
     (folder / "bare" / "preprocessor_config.json").unlink()
     (folder / "timm_swin" / "config.json").write_text(json.dumps({
         "architecture": "swin_tiny_patch4_window7_224", "pretrained_cfg": {}}))
@@ -1024,16 +1178,17 @@ def test_every_command_of_the_readme_runs(workplace, command, sampler, monkeypat
         monkeypatch.setitem(evaluation.MODELS, name, "hub")
     monkeypatch.setattr(shapes, "test_folder", lambda: "imagenet/val")
     quick = {"quantize.py": "--steps 1 --batch 2", "generate.py": "--modes 2 --per-mode 1",
-             "tiny/shapes.py": "--per-class 1", "eval.py": ""}
+             "tiny/shapes.py": "--per-class 1", "eval.py": "", "export.py": ""}
+    monkeypatch.setattr(export, "SECONDS", 0)
     for line in readme_commands():
         # torchrun's processes would not have what is set here; another test starts some
         out = command(f"{line} {quick[line.split()[0]]}").out
-        assert "--data" not in line or "agreement" in out
+        assert "--data" not in line or "agreement" in out or "torch" in out
     assert {line.split()[0] for line in readme_commands()} == set(quick)
     assert all((HERE / file).is_file() for file in re.findall(r"!\[.*?\]\((.*?)\)", README))
 
 
-@pytest.mark.parametrize("script", ["generate.py", "quantize.py", "eval.py"])
+@pytest.mark.parametrize("script", ["generate.py", "quantize.py", "export.py", "eval.py"])
 def test_every_command_of_a_docstring_has_the_flags_of_its_script(script):
     lines = re.findall(rf"^    \w.*{script} ([^#\n]*)", SCRIPTS[script].__doc__, re.MULTILINE)
     assert [SCRIPTS[script].parser().parse_args(line.split()) for line in lines]
@@ -1051,7 +1206,7 @@ def test_every_equation_is_found_where_the_readme_says():
 
 def test_quantize_writes_everything_and_is_repeatable(workplace, command):
     line = f"{QUANTIZE} --bits w158a8 --data imagenet/val --steps 12 --batch 4"
-    for out, seed in (("a", 7), ("b", 7), ("c", 8)):
+    for out, seed in (("a", 7), ("b", 7), ("c", 10 ** 18 - 1)):
         text = command(f"{line} --seed {seed} --out {out}").out
     assert "MB in float32" in text and "full precision" in text and "w158a8 joint" in text
     a, b = metrics("a"), metrics("b")
@@ -1065,8 +1220,11 @@ def test_quantize_writes_everything_and_is_repeatable(workplace, command):
 
 
 def test_eval_without_labels_and_without_the_original(workplace, command, refused):
+    """A known name goes before the folder that is called so, which is said."""
     command(f"{QUANTIZE} --bits w4a4 --method rtn --out q")
-    out = command("eval.py --model q --data photos").out
+    Path("vit_t").mkdir()
+    out, err = command("eval.py --model q --data photos")
+    assert err == "model vit_t: hub; the folder of that name is ./vit_t\n"
     row = re.search("^w4a4 +(.*)", out, re.MULTILINE)[1].split()
     assert "on 40 images" in out and row[:2] == ["-", "-"] and 0 <= float(row[2]) <= 100
     shutil.rmtree("hub")
@@ -1074,7 +1232,10 @@ def test_eval_without_labels_and_without_the_original(workplace, command, refuse
     row = re.search("^w4a4 +(.*)", out, re.MULTILINE)[1].split()
     assert "without agreement" in err and row[2] == "-"
     assert 0 <= float(row[0]) <= float(row[1]) <= 100
+    Path("vit_t").rmdir()
     refused("eval.py --model q --data photos", "vit_t")
+    err = command("eval.py --model swin_t --data photos", status=2).err
+    assert "swin-tiny" in err and "./swin_t" in err
 
 
 def test_agreement_and_accuracy_against_a_loop(workplace):
@@ -1093,16 +1254,70 @@ def test_agreement_and_accuracy_against_a_loop(workplace):
     assert list(results.values()) == pytest.approx([*100 * np.mean(hits, 0), 2])
 
 
-def test_class_folders(tmp_path):
+@pytest.mark.parametrize("names, meant", [
+    ("kite, soaring bird|crane|great white shark|crane", {
+        "0002_anything": [2], "1": [1], "Kite": [0], "kit": [], "soaring_bird": [0],
+        "crane": [1, 3], "great_white_shark": [2], "GREAT white  shark": [2], "9_kite": []}),
+    ("apple_pie|spring rolls|apple pie", {"apple_pie": [0], "apple pie": [2], "Apple_Pie": [0, 2],
+                                          "spring_rolls": [1], "0001_apple_pie": [1]}),
+    ("0|1|10|2", {"10": [2], "2": [3], "3": [3], "0002_kite": [2], "4": []}),
+    ("2 euro|7 up|caf\u00e9", {"2_euro": [0], "7_up": [1], "1_7 up": [1], "CAFE\u0301": [2]})])
+def test_the_classes_that_a_name_means(names, meant):
+    assert {name: evaluation.classes_named(name, names.split("|")) for name in meant} == meant
+
+
+def test_class_folders(tmp_path, capsys):
     names = ["kite, soaring bird", "crane", "great white shark", "crane"]
-    for folder, indices in (("0002_anything", [2]), ("1", [1]), ("Kite", [0]), ("kit", []),
-                            ("soaring_bird", [0]), ("crane", [1, 3]), ("great_white_shark", [2]),
-                            ("GREAT white  shark", [2]), ("9_kite", []), ("n01440764", [])):
-        assert evaluation.classes_named(folder, names) == indices, folder
     for rank, wnid in enumerate(("n01440764", "n01443537", "n01484850", "n01491361")):
-        (tmp_path / wnid).mkdir()
-        (tmp_path / wnid / f"{rank}.jpg").touch()
-    assert evaluation.labelled_images(tmp_path, names)[1] == [0, 1, 2, 3]  # by rank
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        (tmp_path / "val" / wnid / f"{rank}.jpg").touch()
+    assert evaluation.labelled_images(tmp_path / "val", names)[1] == [0, 1, 2, 3]  # by rank
+    (tmp_path / "val" / "n01440764").rename(tmp_path / "val" / "kite")
+    for folder, name in ((tmp_path, "val"), (tmp_path / "val", "n01443537")):
+        with pytest.raises(vitq.BadInput, match=f"'{name}': is none of the model's 4"):
+            evaluation.labelled_images(folder, names)
+    assert [evaluation.find_class(one, names) for one in ("2", "0_kite", "0001_hen")] == [2, 0, 1]
+    assert capsys.readouterr().err.splitlines() == [
+        "class '2' is taken for index 2: great white shark",
+        "class '0001_hen' is taken for index 1: crane"]
+
+
+def test_which_files_are_images(tmp_path):
+    """Links are followed, but not round in a loop, and names that begin with a dot passed over."""
+    for path in ("store/kite/0.png", "store/1.JPEG", "val/hen/2.webp", "val/hen/.3.png",
+                 "val/.old/4.png", "val/hen/grid.png", "val/hen/notes.txt", "val/hen/5.jpg/6.tif"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    for link, target in (("val/kite", "store/kite"), ("val/hen/1.jpg", "store/1.JPEG"),
+                         ("val/hen/loop", "val"), ("store/kite/to", "store/kite"), ("all", "val")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    found = ["hen/1.jpg", "hen/2.webp", "hen/5.jpg/6.tif", "kite/0.png"]
+    for folder in ("val", "all"):
+        assert evaluation.list_images(tmp_path / folder) == [tmp_path / folder / f for f in found]
+    assert evaluation.labelled_images(tmp_path / "val", ["hen", "kite"])[1] == [0, 0, 0, 1]
+
+
+def test_kinds_of_pictures_and_their_number(workplace, command):
+    """16 bits are scaled to 8; what is skipped is named, and not counted."""
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (48, 1))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    Path("kinds").mkdir()
+    for name, content in (("8.png", ramp), ("16.png", ramp * np.uint16(257)),
+                          ("16.tif", ramp * np.uint16(257)), ("float.tif", ramp / np.float32(255)),
+                          ("integers.tif", ramp * np.int32(9)), ("thin.png", ramp[:1].repeat(2, 1)),
+                          ("turned.png", np.rot90(ramp))):
+        Image.fromarray(content).save(f"kinds/{name}", **{"exif": turned} if "tu" in name else {})
+    Path("kinds/dead.png").symlink_to("nowhere")
+    got = [evaluation.rgb(f"kinds/{name}") for name in ("16.png", "16.tif", "turned.png", "8.png")]
+    assert all(np.array_equal(image, np.dstack([ramp] * 3)) for image in got)
+    for line, count in (("eval.py --model vit_t --data kinds", "on 4 images"),
+                        ("quantize.py --model vit_t --images kinds --bits w4a4 --method rtn",
+                         "; 4 images")):
+        out, err = command(line)
+        skipped = re.findall(r"kinds/(\S+)", re.search(r"^skipped 4 of 8 .*", err, re.M)[0])
+        assert sorted(skipped) == ["dead.png", "float.tif", "integers.tif", "thin.png"]
+        assert count in out
 
 
 # -------------------- Bad input
@@ -1111,13 +1326,15 @@ def test_class_folders(tmp_path):
     ("quantize.py --model deit_x --bits w4a4 --images photos", ["'deit_x'", "deit_s"]),
     ("quantize.py --model nobody/nothing --bits w4a4", ["nobody/nothing", "from the hub"]),
     ("quantize.py --model photos --bits w4a4 --images photos", ["photos", "config.json"]),
-    ("quantize.py --model swin_t --bits w4a4 --images photos", ["swin-tiny", "./swin_t"]),
     ("quantize.py --model timm_swin --bits w4a4", ["swin_tiny", "--model swin_t"]),
-    ("quantize.py --model bare --bits w4a4", ["bare", "damaged or incomplete"]),
+    ("quantize.py --model bare --bits w4a4", ["bare", "no preprocessor_config.json"]),
     (f"{QUANTIZE} --bits w9a4", ["'w9a4'", "8"]),
     (f"{QUANTIZE} --bits w158a8x", ["'w158a8x'", "w4a4"]),
     (QUANTIZE, ["--bits"]),
     (f"{QUANTIZE} --bits w4a4 --steps 0", ["--steps", "1 or more"]),
+    (f"{QUANTIZE} --bits w4a4 --seed -1", ["--seed", "0 or more"]),
+    (f"{QUANTIZE} --bits w4a4 --seed 9223372036854775808", ["--seed", "whole number"]),
+    (f"{GENERATE} --seed -1", ["--seed", "0 or more"]),
     (f"{QUANTIZE} --bits w4a4 --method sequential", ["sequential", "joint"]),
     (f"{QUANTIZE} --bits w4a4 --device cuda:99", ["cuda:99", "--device cpu"]),
     (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
@@ -1135,10 +1352,70 @@ def test_class_folders(tmp_path):
     (f"{GENERATE} --out photos/0.jpg/x", ["photos/0.jpg"]),
     ("eval.py --model quantized/vit_t-w4a4 --data imagenet/val", ["quantized/vit_t-w4a4"]),
     ("eval.py --model vit_t", ["--data"]),
+    ("eval.py --model vit_t --data imagenet", ["'val'", "below 10"]),
+    ("generate.py --model timm --class 0 --generator tiny/turbo", ["LABEL_0", "label_names"]),
     ("tiny/shapes.py photos", ["not an empty folder"]),
     ("tiny/shapes.py drawn --per-class 0", ["at least 1"])])
 def test_bad_input_is_one_line_and_status_2(line, fragments, workplace, refused):
     refused(line, *fragments)
+
+
+def test_only_the_same_result_is_replaced(workplace, command, refused, monkeypatch):
+    """However its model is spelled; what others put there stays, what a killed process left not."""
+    line = "quantize.py --images photos --bits w4a4 --method rtn --out q --model"
+    command(f"{line} vit_t")
+    kept = [Path("q/notes.txt"), Path(f"q/.model.safetensors.{os.getppid()}")]
+    left = Path(f"q/.model.safetensors.{2 ** 22 + 1}")  # no process has this number
+    for model in ("hub", str(workplace / "hub"), "./hub"):
+        for path in (*kept, left):
+            path.touch()
+        command(f"{line} {model}")
+        assert all(path.exists() for path in kept) and not left.exists()
+    for other, fragment in (("hub --bits w3a3", "bits w4a4, not w3a3"), ("timm", "weights"),
+                            ("hub --edge-bits same", "edge_bits 8, not same"),
+                            ("hub --method block --steps 1", "method rtn, not block")):
+        refused(f"{line} {other}", "q: holds a result", fragment, "--out")
+    hub_folder(Path("elsewhere/hub"), "deit")  # from there, the model is found still
+    monkeypatch.chdir("elsewhere")
+    out, err = command("eval.py --model ../q --data ../photos")
+    assert re.search(r"\nw4a4 +- +- +\d", out) and not err
+    rewrite(workplace / "hub", tensors={"classifier.bias": torch.zeros(10)})
+    refused("eval.py --model ../q --data ../photos", "has other weights than those quantized")
+    out, err = command("eval.py --model ../q --data ../imagenet/val")
+    assert "without agreement" in err and "has other weights" in err
+
+
+def test_a_full_disk_loses_nothing(workplace, command, monkeypatch):
+    """What was trained is saved elsewhere, an older result stays, nothing half-written is left."""
+    line, write = f"{QUANTIZE} --bits w4a4 --steps 2 --batch 2 --out", Path.write_bytes
+    command(f"{line} old")
+    before = [path.read_bytes() for path in sorted(Path("old").iterdir())]
+
+    def full(path, data):
+        if path.parts[0] in ("old", "new", "generated"):
+            write(path, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for out in ("old", "new"):
+        err = command(f"{line} {out}", status=2).err
+        assert err.count("\n") == 1 and f"{out}: No space left on device" in err
+        aside = re.search("trained is in (.*)", err)[1]
+        assert vitq.load_quantized(aside)[1]["bits"] == "w4a4"
+        shutil.rmtree(Path(aside).parent)
+    assert [path.read_bytes() for path in sorted(Path("old").iterdir())] == before
+    err = command(f"{GENERATE} --prompts class", status=2).err
+    assert err.count("\n") == 1 and "No space left on device" in err
+    assert not Path("new").exists() and not [*Path("generated").rglob("*.*")]
+
+
+def test_a_broken_compiler_is_said_once(monkeypatch, capsys):
+    evaluation.can_compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: 1 / 0)
+    assert all(evaluation.compiled(len, CPU, 1000) is len for _ in range(3))
+    assert capsys.readouterr().err == "steps are slow, since not compiled (ZeroDivisionError)\n"
+    evaluation.can_compile.cache_clear()
 
 
 def test_the_training_is_kept_when_the_evaluation_fails(workplace, command):
@@ -1150,9 +1427,9 @@ def test_the_training_is_kept_when_the_evaluation_fails(workplace, command):
 
 
 def test_a_non_finite_loss_stops_the_run(workplace, refused):
-    tensors = load_file("hub/model.safetensors")
-    tensors["classifier.bias"][3] = float("nan")
-    save_file(tensors, "hub/model.safetensors", metadata={"format": "pt"})
+    """Of finite weights: the difference of two logits overflows."""
+    huge = torch.tensor([3e38, -3e38] * 5)
+    rewrite(Path("hub"), tensors={"classifier.bias": huge})
     refused(f"{QUANTIZE} --bits w4a4 --steps 3 --batch 2", "step 1 of 3", "not finite")
 
 
@@ -1176,6 +1453,50 @@ def test_damaged_models_are_refused(model, damage, workplace, command, refused):
             config.write_text(config.read_text().replace("ViTFor", "ResNetFor"))
         save_file(tensors, weights, {"format": "pt", "config": json.dumps(about)})
     refused(f"eval.py --model {model} --data imagenet/val", f"{model}: ")
+
+
+FC1 = "vit.layers.0.mlp.fc1."
+
+
+@pytest.mark.parametrize("bits", ["w3a4", "w158a4"])
+def test_quantized_files_that_lie_are_refused(bits, tmp_path):
+    """Also where the checksum was made to fit; and wherever a byte has changed."""
+    _, student, _ = quantized("vit", bits)
+    vitq.save_quantized(vitq.fold(student), tmp_path, bits, 8, {})
+    path = tmp_path / "model.safetensors"
+    data, tensors, config = path.read_bytes(), load_file(path), vitq.read_config(tmp_path)
+    lies = [({}, {FC1 + "weight": tensors[FC1 + "weight"][:-1]}), ({"bits": "w5a4"}, {}),
+            ({}, {FC1 + "weight": tensors[FC1 + "weight"].char()}), ({"edge_bits": "same"}, {}),
+            ({}, {FC1 + "weight_log_scale": torch.full((64,), torch.nan)}),
+            ({}, {FC1 + "bias": torch.zeros(1)}), ({"architecture": "ViTModel"}, {})]
+    if bits == "w158a4":
+        lies.append(({}, {FC1 + "weight": torch.full_like(tensors[FC1 + "weight"], 243)}))
+    checksum = config.pop("checksum")
+    for about, changed in lies:
+        about, changed = {**config, **about}, {**tensors, **changed}
+        for seal in (checksum, vitq.checksum(json.dumps(about), changed)):
+            save_file(changed, path, {"config": json.dumps({**about, "checksum": seal})})
+            with pytest.raises(vitq.BadInput, match="quantize it again"):
+                vitq.load_quantized(tmp_path)
+    for position in np.random.default_rng(0).integers(0, len(data), 20):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])
+        with pytest.raises(vitq.BadInput, match="again"):
+            vitq.load_quantized(tmp_path)
+
+
+def test_files_of_prompts_are_the_same_bytes_and_checked(tmp_path):
+    path, v, settings = tmp_path / "file", torch.randn(2, 4, 8), {"modes": 2, "seed": 0}
+    texts, files = ["one", "two"], set()
+    for _ in range(5):
+        prompts.save_prompts(path, texts, v, settings)
+        files.add(path.read_bytes())
+    assert len(files) == 1 and prompts.load_prompts(path, settings)[0] == texts
+    assert_close(prompts.load_prompts(path, settings)[1].float(), v, rtol=1e-3, atol=1e-3)
+    for other in ((texts, v[:1]), (["one", 2], v), ("ab", v), (texts, v[0]), (texts, v * torch.nan),
+                  (texts[:1], v[:1])):
+        prompts.save_prompts(path, *other, settings)
+        with pytest.raises(vitq.BadInput, match="damaged"):
+            prompts.load_prompts(path, settings)
 
 
 # -------------------- The real thing
