@@ -51,7 +51,7 @@ MODEL_HELP = f"{', '.join(MODELS)}, a hub id (owner/name), or a folder"
 CHUNK = 256  # pictures that are decoded together
 
 transformers.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", module="PIL")  # of what `decode` skips and names
+warnings.filterwarnings("ignore", module="PIL|torch")  # what matters is refused or named
 logging.disable(logging.WARNING)  # what the libraries warn of is raised here
 
 
