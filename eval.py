@@ -370,7 +370,9 @@ def find_class(name, names, what="class"):
     near = difflib.get_close_matches(name, ", ".join(names).split(", "))
     require(found, f"{what} {name!r}", f"is none of the model's {len(names)} classes",
             f"give an index below {len(names)} or a name" + f", as {', '.join(near)}" * bool(near))
-    if plain(re.sub("^[0-9]+_", "", name)) not in plain(names[found[0]]):
+    said, meant = (set(re.findall(r"[^\W_]+", plain(text)))
+                   for text in (re.sub("^[0-9]+_", "", name), names[found[0]]))
+    if not said <= meant:
         print(f"{what} {name!r} is taken for index {found[0]}: {names[found[0]]}", file=sys.stderr)
     return found[0]
 
