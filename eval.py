@@ -190,7 +190,8 @@ def model_folder(model):
 
     Raises BadInput if it is none of them, or cannot be downloaded.
     """
-    hub_id, same = MODELS.get(model, model), model in MODELS and Path(model).is_dir()
+    hub_id, there = MODELS.get(model, model), Path(model).resolve()
+    same = model in MODELS and there.is_dir() and not Path(hub_id).is_relative_to(there)
     note = f"the folder of that name is ./{model}" if same else f"give {MODEL_HELP}"
     try:
         folder = Path(hub_id)
