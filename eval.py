@@ -542,9 +542,10 @@ def patched(name, values):
 class Parser(argparse.ArgumentParser):
     """argparse with the docstring as the help text and errors of one line."""
 
-    def __init__(self, doc):
+    def __init__(self, doc, device=True):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--device", help="cuda:1, cpu, ... (default: a GPU, if there is one)")
+        if device:
+            self.add_argument("--device", help="cuda:1, cpu, ... (default: a GPU, if there is one)")
 
     def error(self, message):
         raise BadInput(f"{message}; see --help")

@@ -23,7 +23,7 @@ from torch.onnx.ops import symbolic
 from transformers import AttentionInterface, AutoConfig
 
 import vitq
-from eval import Parser, Preprocessing, decode, list_images, run
+from eval import Parser, Preprocessing, decode, list_images, require, run
 
 OPSET = 25  # the first with integers of two bits
 BATCHES, SECONDS = (1, 32), 10  # whose times are printed, and how long each is measured
@@ -33,7 +33,7 @@ TOLERANCE = 1e-3  # of the logits' spread, below which they count as equal
 # -------------------- The two operations
 
 def quantize(x, scale, zero_point, top):
-    """q of Eq. (1), uint8. QuantizeLinear clips to [0, 255]; below 8 bits, Min clips to `top`."""
+    """q of Eq. (1), uint8: QuantizeLinear clips to [0, 255], for fewer bits Min to `top`. [ours]"""
     q = symbolic("QuantizeLinear", (x, scale, zero_point), dtype=torch.uint8, shape=x.shape)
     if top == 255:
         return q
@@ -88,7 +88,7 @@ class IntegerLinear(nn.Module):
 
 
 def integer_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Eq. (8), as `vitq.quantized_attention`, of which it is the integer form."""
+    """Eq. (8) in integers, for arguments and results as of `vitq.quantized_attention`. [ours]"""
     q_k, s_k, z_k = module.key_quantizer(key)
     a = product(*module.query_quantizer(query), q_k.transpose(-1, -2), s_k * scaling, z_k)
     if attention_mask is not None:
@@ -192,7 +192,7 @@ def compare(session, model, preprocessing, paths):
 # -------------------- Command line
 
 def parser():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, device=False)
     parser.add_argument("--model", required=True, help="a folder of quantize.py")
     parser.add_argument("--data", metavar="DIR", help="images, to compare with torch")
     return parser
@@ -201,8 +201,12 @@ def parser():
 def main():
     args = parser().parse_args()
     model, config = vitq.load_quantized(args.model)
-    paths = list_images(args.data) if args.data else []
-    original = type(model)(AutoConfig.for_model(**config["network"]))  # its weights take no time
+    paths, side = list_images(args.data) if args.data else [], model.config.image_size
+    require(side % model.config.patch_size == 0, args.model, f"image_size {side} is no multiple of "
+            f"patch_size {model.config.patch_size}", "export a model that has no pixels left over")
+    # Random weights are as fast as trained ones; "sdpa" would become ONNX's slower Attention.
+    original = type(model)(AutoConfig.for_model(**config["network"]))
+    original.set_attn_implementation("eager")
     weight_bits, _ = vitq.parse_bits(config["bits"])
     protos = {"float32": to_onnx(original.eval()), f"{config['bits']} integers": store_packed(
         to_onnx(integer_network(copy.deepcopy(model))), weight_bits)}
@@ -211,7 +215,7 @@ def main():
     vitq.write_whole(path, proto.SerializeToString())
 
     sessions = [session_of(proto) for proto in protos.values()]
-    times = [milliseconds(sessions, model.config.image_size, batch) for batch in BATCHES]
+    times = [milliseconds(sessions, side, batch) for batch in BATCHES]
     print(f"{path}: threads {torch.get_num_threads()}, ONNX Runtime {onnxruntime.__version__}, "
           f"milliseconds per picture in batches of {BATCHES}")
     for (name, proto), *row in zip(protos.items(), *times):
