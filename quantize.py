@@ -39,7 +39,7 @@ INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
 TINY_STEPS, TINY_BATCH = 300, 32  # for --model tiny, whose pictures are learned sooner
 PICTURES = 960  # painted where no images are given: so many, or one per prompt if that is more
-FEATURE_WEIGHT, LOGIT_WEIGHT = 50.0, 1.0  # a_f, a_z of Eq. (11) [ours]
+FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11) [ours]
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
@@ -55,14 +55,26 @@ READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU 
 
 # -------------------- The losses: Eq. (9)-(11)
 
-def feature_loss(features, quantized_features):
+def count_class_tokens(model):
+    """How many tokens stand for the whole image; they come first. 1; distilled DeiT 2; Swin 0."""
+    return sum(name.endswith(("cls_token", "distillation_token"))
+               for name, _ in model.named_parameters())
+
+
+def feature_loss(features, quantized_features, class_tokens):
     """Eq. (9): L_feat = 1/L sum_l mean over tokens of ||h_l - h^_l||^2 / ||h_l||^2.
 
     Two lists of h_l, (B, T, channels) each. Distilling intermediate features is [paper]; the
-    normalization is [ours]. It is per token because a few tokens of a ViT have massive activations:
-    with one norm for all tokens, the others would hardly be trained.
+    normalization and the mean are [ours]. The normalization is per token because a few tokens of a
+    ViT have massive activations: with one norm for all tokens, the others would hardly be trained.
+    In the mean, the class tokens count as much as all patches together: only they reach the head.
     """
-    return torch.stack([((h - h_q).square().sum(-1) / h.square().sum(-1)).mean()
+    def mean_over_tokens(error):  # (B, T)
+        if class_tokens == 0:
+            return error.mean()
+        return 0.5 * error[:, :class_tokens].mean() + 0.5 * error[:, class_tokens:].mean()
+
+    return torch.stack([mean_over_tokens((h - h_q).square().sum(-1) / h.square().sum(-1))
                         for h, h_q in zip(features, quantized_features)]).mean()
 
 
@@ -72,12 +84,12 @@ def logit_loss(logits, quantized_logits):
                     log_target=True)
 
 
-def joint_loss(features, quantized_features, logits, quantized_logits):
+def joint_loss(features, quantized_features, logits, quantized_logits, class_tokens):
     """Eq. (11): min over Theta of E_x [a_f L_feat + a_z L_logit]; this is the bracket. [ours]
 
     Theta = {s, z, g, r, dW, biases, LayerNorms} of all layers at once, see `trained_parameters`.
     """
-    return (FEATURE_WEIGHT * feature_loss(features, quantized_features)
+    return (FEATURE_WEIGHT * feature_loss(features, quantized_features, class_tokens)
             + LOGIT_WEIGHT * logit_loss(logits, quantized_logits))
 
 
@@ -110,8 +122,11 @@ def stages(model, method, steps):
         l = block_of.get(id(parameter), l)
         if l is not None:
             groups[l][name] = parameter
-    return [(group, lambda h, h_q, *_, l=l: feature_loss(h[l:l + 1], h_q[l:l + 1]),
-             steps * (l + 1) // len(groups) - steps * l // len(groups))
+    def loss_of(l):
+        return lambda h, h_q, z, z_q, class_tokens: feature_loss(
+            h[l:l + 1], h_q[l:l + 1], class_tokens)
+
+    return [(group, loss_of(l), steps * (l + 1) // len(groups) - steps * l // len(groups))
             for l, group in enumerate(groups)]
 
 
@@ -170,6 +185,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
     """
     device, losses, taken, (rank, processes) = images.device, [], 0, rank_and_processes()
     mine = slice(rank * batch, (rank + 1) * batch)  # all processes draw the same numbers
+    class_tokens = count_class_tokens(student)
     normalize, views = preprocessing.normalizer(device), compiled(random_views, device, steps)
     student.requires_grad_(False)
     modules = [*vitq.blocks(student), *vitq.blocks(teacher),
@@ -190,7 +206,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                     with torch.no_grad():
                         logits = teacher(x).logits
                     logits_q = student(x).logits
-                loss = loss_function(h, h_q, logits.float(), logits_q.float())
+                loss = loss_function(h, h_q, logits.float(), logits_q.float(), class_tokens)
                 optimizer.zero_grad()
                 loss.backward()
                 latest.copy_(loss.detach())

@@ -561,15 +561,29 @@ def test_eq_9_to_11_against_numpy():
     rng = np.random.default_rng(0)
     h, h_q = rng.normal(size=(2, 3, 4, 5, 6))  # three blocks, four images, five tokens
     z, z_q = rng.normal(size=(2, 4, 7))
-    features = np.mean([((a - b) ** 2).sum() / (a ** 2).sum()
-                        for a, b in zip(h.reshape(-1, 6), h_q.reshape(-1, 6))])
+    error = ((h - h_q) ** 2).sum(3) / (h ** 2).sum(3)
+    features = 0.5 * error[:, :, :2].mean() + 0.5 * error[:, :, 2:].mean()  # two class tokens
     p, p_q = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) for logits in (z, z_q))
     logits = (p * np.log(p / p_q)).sum(1).mean()
     h, h_q, z, z_q = map(torch.from_numpy, (h, h_q, z, z_q))
-    losses = (quantize.feature_loss(h, h_q), quantize.logit_loss(z, z_q),
-              quantize.joint_loss(h, h_q, z, z_q))
+    losses = (quantize.feature_loss(h, h_q, 2), quantize.logit_loss(z, z_q),
+              quantize.joint_loss(h, h_q, z, z_q, 2))
     joint = quantize.FEATURE_WEIGHT * features + quantize.LOGIT_WEIGHT * logits
     assert [loss.item() for loss in losses] == pytest.approx([features, logits, joint])
+    assert quantize.feature_loss(h, h_q, 0).item() == pytest.approx(error.mean())
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "distilled deit", "swin"])
+def test_class_tokens_come_first(family):
+    """Before the first block, they are the same for all pictures."""
+    model = random_model(family)
+    side, count = model.config.image_size, quantize.count_class_tokens(model)
+    tokens = []
+    with vitq.blocks(model)[0].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0])):
+        model(torch.randn(2, 3, side, side))
+    same = (tokens[0][0] == tokens[0][1]).all(1)
+    assert count == {"vit": 1, "swin": 0}.get(family, 2)
+    assert same.tolist() == [position < count for position in range(len(same))]
 
 
 def test_random_views_are_crops_and_mirrored(monkeypatch):
@@ -666,7 +680,7 @@ def test_joint_training_beats_block_and_round_to_nearest():
         unseen = preprocessing_of(teacher).normalizer(CPU)(pictures(64, side=32))
         with torch.no_grad(), vitq.block_outputs(teacher) as h, vitq.block_outputs(student) as h_q:
             z, z_q = teacher(unseen).logits, student(unseen).logits
-            held_out[method] = quantize.joint_loss(h, h_q, z, z_q).item()
+            held_out[method] = quantize.joint_loss(h, h_q, z, z_q, 1).item()
     assert losses[-1] < 0.7 * losses[0]
     assert held_out["joint"] < 0.9 * held_out["block"] < 0.9 * held_out["rtn"]
 
