@@ -212,6 +212,13 @@ def test_eq_6_clips_the_few_massive_tokens():
     assert (scale * q).max() < 6  # where the plain squared error would keep the 200
 
 
+def test_eq_6_keeps_pixels_apart():
+    """With a mean of 0.5, zero lies between two of the 256 values of a pixel."""
+    quantizer, x = vitq.ActivationQuantizer(8).requires_grad_(False), torch.arange(256) / 127.5 - 1
+    quantizer.initialize(x, torch.ones_like(x))
+    assert len(quantizer(x)[0].unique()) > 245
+
+
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_eq_6_finds_the_best_scales_of_weights(bits):
     """Neighbours of the grid differ by 12 %: that costs more of the error the finer the levels."""

@@ -119,8 +119,10 @@ def fake_quantize_weight(weight, scale, bits):
 
 
 # Eq. (6) tries these fractions of the largest magnitude. Logarithmic, because a few tokens of a ViT
-# carry massive activations: the best range may be a few percent of the maximum.
-CLIPPING_GRID = torch.logspace(0, -2, 40)
+# carry massive activations: the best range may be a few percent of the maximum. The first is above
+# 1: the pixels of an image are levels themselves, 255 steps from black to white, and with a mean of
+# 0.5, steps as wide as theirs would put each of them halfway between two levels.
+CLIPPING_GRID = torch.logspace(0.01, -2, 40)
 SAMPLE = 2 ** 15  # values of a tensor that Eq. (6) looks at: enough for an error that is a mean
 MASSIVE = 3  # times the median squared norm: larger tokens are massive, in Eq. (6)
 
