@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -517,8 +517,9 @@ def unpack(packed, bits, shape):
 def write_whole(path, data):
     """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
     for left in path.parent.glob(f".{path.name}.*"):
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process was just done with it
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data)
