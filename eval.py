@@ -612,8 +612,7 @@ def main():
     device, models = start(args.device), {}
     if vitq.read_config(args.model):
         model, config = vitq.load_quantized(args.model)
-        with reading(args.model, "quantize it again"):
-            classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
+        classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
         size = (Path(args.model) / "model.safetensors").stat().st_size / 1e6
         models[config["bits"]] = model, size
     else:
