@@ -19,7 +19,6 @@ import re
 import sys
 import unicodedata
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from torchvision.transforms.v2 import InterpolationMode, Resize, functional as V
 from tqdm import tqdm
 
 import vitq
-from vitq import BadInput, reading
+from vitq import BadInput, reading, require
 
 MODELS = {"tiny": str(Path(__file__).parent / "tiny" / "vit")}
 for size in ("tiny", "small", "base"):
@@ -56,12 +55,6 @@ logging.disable(logging.WARNING)  # what the libraries warn of is raised here
 
 
 # -------------------- Preprocessing: always the checkpoint's own
-
-def require(condition, what, fault, remedy="give a checkpoint without that"):
-    """Raise BadInput, one line that names the fault and the remedy, unless the condition holds."""
-    if not condition:
-        raise BadInput(f"{what}: {fault}; {remedy}")
-
 
 @dataclass(eq=False)
 class Preprocessing:
@@ -225,23 +218,17 @@ def load_classifier(model):
         network, loading = family.from_pretrained(
             None, config=config, state_dict=tensors, key_mapping=renaming, output_loading_info=True,
             ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa")
-        for kind, fault in LOADING_FAULTS.items():
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             wrong = ", ".join(sorted(map(str, loading[kind]))[:3])
-            require(not wrong, what, f"{wrong} is {fault} ({kind})", "give another checkpoint")
+            require(not wrong, what, f"{kind}: {wrong}", "give another checkpoint")
         names, side = config.id2label, config.image_size
         require(all(isinstance(names.get(i), str) and names[i] for i in range(len(names))), what,
                 f"id2label names the classes {str(names)[:60]}", "give 0, 1, .. a name each")
-        require(config.num_channels == 3, what, f"num_channels {config.num_channels}")
         require(side == preprocessing.crop, what, f"image_size is {side}, the processor's pictures "
                 f"have {preprocessing.crop} pixels", "make them equal")
         with torch.no_grad():  # whatever else does not fit together is seen now
             network(torch.zeros(1, 3, side, side))
     return Classifier(network, preprocessing)
-
-
-# the lists of parameters in transformers' report on loading, and what is wrong with those in them
-LOADING_FAULTS = {"missing_keys": "missing", "unexpected_keys": "not known",
-                  "mismatched_keys": "of another shape"}
 
 
 def from_transformers(what, config, tensors, folder):
@@ -255,15 +242,9 @@ def from_transformers(what, config, tensors, folder):
     layers = max(config.get("num_hidden_layers", 0), sum(config.get("depths", [])))
     require(layers <= len(tensors), what, f"{layers} layers for {len(tensors)} tensors")
     family = vitq.FAMILIES[architecture]
-    config = family.config_class.from_dict(config)
-    with torch.device("meta"):  # shapes alone: transformers renames what older versions wrote
-        needed = Counter(tuple(parameter.shape) for parameter in family(config).parameters())
-    # Swin's positions are integers, which older versions of transformers saved as well
-    given = Counter(tuple(t.shape) for t in tensors.values() if t.is_floating_point())
-    require(given == needed, what, f"tensors of shape {[*(given - needed)][:3]} are too many, "
-            f"{[*(needed - given)][:3]} are missing", "give the config.json of these weights")
     require([*folder.glob("*processor_config.json")], what, "no preprocessor_config.json", "add it")
     processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    config = family.config_class.from_dict(config)
     return family, config, {}, transformers_preprocessing(what, processor)
 
 
@@ -427,12 +408,12 @@ def decode(paths, transform, description):
             good = {position: image for position, image in images if image is not None}
             if good:
                 yield list(good), torch.stack(list(good.values()))
-    broken.sort()
-    if len(broken) == len(paths):
-        raise BadInput(f"none of {len(paths)} images could be decoded, the first: {broken[0]}")
+    some = ", ".join(sorted(broken)[:5])
+    require(len(broken) < len(paths), f"none of {len(paths)} images could be decoded", some,
+            "give others")
     if broken:
-        print(f"skipped {len(broken)} of {len(paths)} images that could not be decoded: "
-              + ", ".join(broken[:5]) + ", ..." * (len(broken) > 5), file=sys.stderr)
+        print(f"skipped {len(broken)} of {len(paths)} images that could not be decoded: {some}"
+              + ", ..." * (len(broken) > 5), file=sys.stderr)
 
 
 # -------------------- Accuracy
@@ -440,7 +421,7 @@ def decode(paths, transform, description):
 FULL_PRECISION = "full precision"  # the name of the reference among the models that are compared
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(models, preprocessing, paths, labels, device):
     """Run `models` (name -> model, its size in MB) over the same images, and print the table.
 
@@ -506,6 +487,8 @@ class RecordedStep:
 @functools.cache
 def can_compile(device):
     """Whether torch.compile works here, which needs a compiler of C++. If not, says so, once."""
+    if device.type == "cpu":  # few kernels: workers take longer to import torch than to compile
+        torch._inductor.config.compile_threads = 1
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         return True
@@ -629,8 +612,7 @@ def main():
     device, models = start(args.device), {}
     if vitq.read_config(args.model):
         model, config = vitq.load_quantized(args.model)
-        with reading(args.model, "quantize it again"):
-            classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
+        classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
         size = (Path(args.model) / "model.safetensors").stat().st_size / 1e6
         models[config["bits"]] = model, size
     else:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import re
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,12 @@ FAMILIES = {family.__name__: family for family in (
 
 class BadInput(ValueError):
     """Something the user gave cannot be used; the message is one line: its name and the remedy."""
+
+
+def require(condition, what, fault, remedy="give a checkpoint without that"):
+    """Raise BadInput, one line that names the fault and the remedy, unless the condition holds."""
+    if not condition:
+        raise BadInput(f"{what}: {fault}; {remedy}")
 
 
 @contextmanager
@@ -475,6 +482,7 @@ def fold(model):
 # -------------------- The packed checkpoint
 
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
+ABANDONED = 3600  # seconds since the last change of a part of a file; writing one takes far less
 
 
 def pack(q, bits):
@@ -508,22 +516,12 @@ def unpack(packed, bits, shape):
     return torch.from_numpy(q).view(*shape)
 
 
-def alive(process):
-    """Whether a process of this number runs on this machine, or may; True if it is no number."""
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError, PermissionError):
-        pass
-    return True
-
-
 def write_whole(path, data):
     """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
     for left in path.parent.glob(f".{path.name}.*"):
-        if not alive(left.suffix[1:]):
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process was just done with it
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data)
@@ -556,8 +554,8 @@ def save_quantized(model, folder, bits, edge_bits, about):
     Returns the size in bytes. Raises BadInput if a number is not finite.
     """
     tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise BadInput(f"{folder}: not all weights or scales are finite; nothing was written")
+    require(all(tensor.isfinite().all() for tensor in tensors.values()), folder,
+            "not all weights or scales are finite", "nothing was written")
     for name, layer in modules_of(model, QuantWeight):
         q, _ = layer.quantized_weight()
         tensors[f"{name}.weight"] = pack(q.char().cpu(), layer.weight_bits)
@@ -586,18 +584,15 @@ def read_config(folder):
 def check_output(folder, identity):
     """Raise BadInput if `folder` cannot be written, or holds anything but a result of the same
     model and settings: `identity`, some items of its configuration."""
-    config = read_config(folder)
-    if config is None and folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
-        raise BadInput(f"{folder}: is not a quantized model; it is left alone, name another folder "
-                       "with --out")
+    config, remedy = read_config(folder), "it is left alone, name another folder with --out"
+    others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    require(config or not others, folder, "is not a quantized model", remedy)
     for name, value in identity.items() if config else ():
-        if config.get(name) != value:
-            raise BadInput(f"{folder}: holds a result with {name} {config.get(name)}, not {value}; "
-                           "it is left alone, name another folder with --out")
+        require(config.get(name) == value, folder,
+                f"holds a result with {name} {config.get(name)}, not {value}", remedy)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise BadInput(f"{folder}: {there} is not a folder that can be written to; name another "
-                       "folder with --out")
+    require(there.is_dir() and os.access(there, os.W_OK), folder,
+            f"{there} is not a folder that can be written to", remedy)
 
 
 @torch.no_grad()
@@ -606,31 +601,23 @@ def load_quantized(folder):
 
     Raises BadInput for another format version and for a file that is damaged or cut short.
     """
-    config = read_config(folder)
-    if config is None:
-        raise BadInput(f"{folder}: no quantized model, or a damaged one; quantize it again")
-    if config.get("version") != FORMAT_VERSION:
-        raise BadInput(f"{folder}: format version {config.get('version')}, but this code reads "
-                       f"version {FORMAT_VERSION}; quantize the model again")
-    with reading(folder, "quantize it again"):
+    config, remedy = read_config(folder), "quantize it again"
+    require(config, folder, "no quantized model, or a damaged one", remedy)
+    require(config.get("version") == FORMAT_VERSION, folder, f"format version "
+            f"{config.get('version')}, but this code reads version {FORMAT_VERSION}", remedy)
+    with reading(folder, remedy):
         tensors = load_file(Path(folder) / "model.safetensors")
-        if checksum(json.dumps({k: v for k, v in config.items() if k != "checksum"}), tensors) \
-                != config["checksum"]:
-            raise ValueError("its checksum does not match")
-        if config["edge_bits"] not in (EDGE_BITS, "same"):
-            raise ValueError(f"edge_bits {config['edge_bits']}")
+        text = json.dumps({name: value for name, value in config.items() if name != "checksum"})
+        require(checksum(text, tensors) == config["checksum"], folder, "damaged", remedy)
         network = FAMILIES[config["architecture"]](AutoConfig.for_model(**config["network"]))
         model = fold(quantize_modules(network, config["bits"], config["edge_bits"]))
-        layers = {f"{name}.weight": layer for name, layer in modules_of(model, QuantWeight)}
-        for name, parameter in model.named_parameters():
-            if name not in layers:
-                if tensors[name].shape != parameter.shape:
-                    raise ValueError(f"{name} has another shape")
-                parameter.copy_(tensors[name])
-        for name, layer in layers.items():
-            q = unpack(tensors[name], layer.weight_bits, layer.weight.shape)
-            # s q lies on the grid: the forward rounds it to exactly q
-            layer.weight.copy_(layer.weight_log_scale.exp().view(-1, *[1] * (q.dim() - 1)) * q)
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ValueError("not all numbers are finite")
+        for name, layer in modules_of(model, QuantWeight):
+            q = unpack(tensors[f"{name}.weight"], layer.weight_bits, layer.weight.shape)
+            scale = tensors[f"{name}.weight_log_scale"].exp().view(-1, *[1] * (q.dim() - 1))
+            tensors[f"{name}.weight"] = scale * q  # on the grid: the forward rounds it to exactly q
+        require(all(tensor.isfinite().all() for tensor in tensors.values()), folder,
+                "not all numbers are finite", remedy)
+        missing = {name for name, _ in model.named_parameters()} - tensors.keys()
+        require(not missing, folder, f"has no {', '.join(sorted(missing)[:3])}", remedy)
+        model.load_state_dict(tensors, strict=False)  # what q, k and v share is named once
     return model.eval(), config
