@@ -586,7 +586,7 @@ def test_class_tokens_come_first(family):
     model = random_model(family)
     side, count = model.config.image_size, quantize.count_class_tokens(model)
     tokens = []
-    with vitq.blocks(model)[0].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0])):
+    with vitq.blocks(model)[0].register_forward_pre_hook(lambda _, x: tokens.append(x[0])):
         model(torch.randn(2, 3, side, side))
     same = (tokens[0][0] == tokens[0][1]).all(1)
     assert count == {"vit": 1, "swin": 0}.get(family, 2)
@@ -1385,12 +1385,11 @@ def test_only_the_same_result_is_replaced(workplace, command, refused, monkeypat
     """However its model is spelled; what others put there stays, what a killed process left not."""
     line = "quantize.py --images photos --bits w4a4 --method rtn --out q --model"
     command(f"{line} vit_t")
-    kept = [Path("q/notes.txt"), Path("q/.model.safetensors.1")]  # perhaps being written
-    left = Path("q/.model.safetensors.2")
+    kept = [Path("q/notes.txt"), Path(f"q/.model.safetensors.{os.getppid()}")]
+    left = Path(f"q/.model.safetensors.{2 ** 22 + 1}")  # no process has this number
     for model in ("hub", str(workplace / "hub"), "./hub"):
         for path in (*kept, left):
             path.touch()
-        os.utime(left, (0, 0))
         command(f"{line} {model}")
         assert all(path.exists() for path in kept) and not left.exists()
     for other, fragment in (("hub --bits w3a3", "bits w4a4, not w3a3"), ("timm", "weights"),

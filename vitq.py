@@ -13,8 +13,7 @@ import hashlib
 import json
 import os
 import re
-import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -482,7 +481,6 @@ def fold(model):
 # -------------------- The packed checkpoint
 
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
-ABANDONED = 3600  # seconds since the last change of a part of a file; writing one takes far less
 
 
 def pack(q, bits):
@@ -516,12 +514,22 @@ def unpack(packed, bits, shape):
     return torch.from_numpy(q).view(*shape)
 
 
+def alive(process):
+    """Whether a process of this number runs on this machine, or may; True if it is no number."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True
+
+
 def write_whole(path, data):
     """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
     for left in path.parent.glob(f".{path.name}.*"):
-        with suppress(FileNotFoundError):  # another process was just done with it
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink()
+        if not alive(left.suffix[1:]):
+            left.unlink(missing_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data)
