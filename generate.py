@@ -11,6 +11,7 @@ The pictures go to generated/<model>/<index>_<class>/m03_0007.png (mode 3, pictu
 baselines to <model>-text, -class) with grid.png, a row per mode, and prompts.safetensors. A class
 that is done is not made again. Eq. (13) is the sampler below; Eq. (12), (14)-(17): prompts.py.
 """
+import io
 import math
 import os
 import re
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -136,7 +136,9 @@ def is_complete(folder, modes, per_mode):
 
 def write_png(picture, path):
     """uint8 (3, H, W) -> a file that appears whole or not at all."""
-    write_whole(path, encode_png(picture).numpy().tobytes())
+    file = io.BytesIO()
+    VF.to_pil_image(picture).save(file, "png")
+    write_whole(path, file.getvalue())
 
 
 @torch.no_grad()
