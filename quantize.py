@@ -56,7 +56,7 @@ READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU 
 # -------------------- The losses: Eq. (9)-(11)
 
 def count_class_tokens(model):
-    """How many tokens stand for the whole image; they come first. 1; distilled DeiT 2; Swin 0."""
+    """How many tokens, the first ones, stand for the whole image: ViT 1, DeiT 2, Swin none."""
     return sum(name.endswith(("cls_token", "distillation_token"))
                for name, _ in model.named_parameters())
 

@@ -538,6 +538,8 @@ def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
         {i + 1: name for i, name in BIRDS.items()}, {i: i for i in BIRDS}, {**BIRDS, 3: ""})),
     ("hub", "config", {"id2label": {0: "kite", 1: "crane"}}, "mismatched_keys"),
     ("hub", "config", {"num_hidden_layers": 10 ** 9}, "1000000000 layers"),
+    *(("hub", "config", {name: 2 ** 17}, "config.json describes") for name in (
+        "hidden_size", "intermediate_size")),
     ("hub", "tensors", {"extra": torch.zeros(3)}, "unexpected_keys: extra"),
     ("hub", "tensors", {"vit.layernorm.weight": ...}, "layernorm.weight; give"),
     ("hub", "tensors", {"classifier.bias": ..., "bias": torch.zeros(10)}, "missing_keys: classif")])
