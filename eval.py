@@ -218,8 +218,8 @@ def load_classifier(model):
         with torch.device("meta"):  # no memory is taken yet: a wrong size may ask for any amount
             needed = family(config).num_parameters()
         held = sum(tensor.numel() for tensor in tensors.values())
-        require(needed < 2 * held, what, f"config.json describes {needed:,} parameters, the weights "
-                f"are {held:,}", "give the config.json of these weights")
+        require(needed < 2 * held, what, f"config.json describes {needed:,} parameters, the "
+                f"weights are {held:,}", "give the config.json of these weights")
         network, loading = family.from_pretrained(
             None, config=config, state_dict=tensors, key_mapping=renaming, output_loading_info=True,
             ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa")
