@@ -96,9 +96,14 @@ def joint_loss(features, quantized_features, logits, quantized_logits, class_tok
 # -------------------- What is trained
 
 def trained_parameters(model):
-    """Theta of Eq. (11), name -> parameter: all but class tokens and what belongs to positions."""
+    """Theta of Eq. (11), name -> parameter: all but class tokens, what belongs to positions, and
+    the scale and zero point of the image.
+
+    Training would shrink this scale until black and white clip: with a mean of 0.5, just where
+    each pixel lies halfway between two levels.
+    """
     return {name: parameter for name, parameter in model.named_parameters()
-            if not re.search("position|token", name)}
+            if not re.search(r"position|token|projection\.input_quantizer", name)}
 
 
 def stages(model, method, steps):
@@ -313,6 +318,7 @@ def main():
     args.images = args.images or [paint_missing(args.model, classifier, device)]
 
     torch.manual_seed(args.seed)  # the same in all processes
+    torch.backends.cudnn.benchmark = True  # else it takes a slow gradient of the patch embedding
     preprocessing, teacher = classifier.preprocessing, classifier.model
     teacher.to(device).requires_grad_(False)
     images, shares = read_images(args.images, preprocessing, device)
