@@ -501,17 +501,15 @@ def pack(q, bits):
 def unpack(packed, bits, shape):
     """The inverse of `pack`: int8 integers of the given shape. Raises ValueError."""
     count = int(np.prod(shape))
-    length = -(-count // 5) if bits == TERNARY else -(-count * bits // 8)
-    if packed.dtype != torch.uint8 or packed.shape != (length,) or \
-            bits == TERNARY and packed.max() > 242:
-        raise ValueError(f"{packed.shape} of {packed.dtype} are not {count} weights of {bits} bits")
     if bits == TERNARY:
         unsigned = (packed.numpy()[:, None] // POWERS_OF_3 % 3).ravel()[:count]
     else:
         binary = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
         unsigned = np.packbits(binary.reshape(count, bits), axis=1, bitorder="little").ravel()
-    q = (unsigned.astype(np.int16) + weight_range(bits)[0]).astype(np.int8)
-    return torch.from_numpy(q).view(*shape)
+    q = torch.from_numpy((unsigned.astype(np.int16) + weight_range(bits)[0]).astype(np.int8))
+    if not torch.equal(pack(q, bits), packed):
+        raise ValueError(f"{packed.shape} of {packed.dtype} are not {count} weights of {bits} bits")
+    return q.view(*shape)
 
 
 def alive(process):
@@ -625,7 +623,6 @@ def load_quantized(folder):
             tensors[f"{name}.weight"] = scale * q  # on the grid: the forward rounds it to exactly q
         require(all(tensor.isfinite().all() for tensor in tensors.values()), folder,
                 "not all numbers are finite", remedy)
-        missing = {name for name, _ in model.named_parameters()} - tensors.keys()
-        require(not missing, folder, f"has no {', '.join(sorted(missing)[:3])}", remedy)
+        tensors = {name: tensors[name] for name, _ in model.named_parameters()}  # or a KeyError
         model.load_state_dict(tensors, strict=False)  # what q, k and v share is named once
     return model.eval(), config
