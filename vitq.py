@@ -512,22 +512,16 @@ def unpack(packed, bits, shape):
     return q.view(*shape)
 
 
-def alive(process):
-    """Whether a process of this number runs on this machine, or may; True if it is no number."""
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError, PermissionError):
-        pass
-    return True
-
 
 def write_whole(path, data):
     """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
     for left in path.parent.glob(f".{path.name}.*"):
-        if not alive(left.suffix[1:]):
+        try:
+            os.kill(int(left.suffix[1:]), 0)  # signal 0 asks only whether the process is there
+        except ProcessLookupError:
             left.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):
+            pass  # no process's number, or another user's
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data)
