@@ -33,7 +33,7 @@ from eval import (FULL_PRECISION, MODEL_HELP, Parser, RecordedStep, compiled, de
                   labelled_images, list_images, load_classifier, patched, rank_and_processes, run,
                   source_of, start, whole_number)
 from tiny import shapes
-from vitq import BadInput
+from vitq import BadInput, require
 
 INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
@@ -229,9 +229,8 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                     if taken % READ_EVERY == 0 or taken in (1, steps):
                         losses.append(latest.item())
                         progress.set_postfix(loss=f"{losses[-1]:.4f}")
-                        if not math.isfinite(losses[-1]):
-                            raise BadInput(f"the loss is not finite at step {taken} of {steps}; "
-                                           "nothing was written. Try other images or more bits")
+                        require(math.isfinite(losses[-1]), f"step {taken} of {steps}",
+                                "the loss is not finite", "try other images or more bits")
             student.requires_grad_(False)
     return losses
 

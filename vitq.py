@@ -59,9 +59,8 @@ def reading(what, remedy):
 def parse_bits(text):
     """"w4a4" -> (4, 4), "w158a8" -> (1.58, 8): bits of the weights and of the activations."""
     match = re.fullmatch(r"w(158|[2-8])a([2-8])", text)
-    if not match:
-        raise BadInput(f"bits {text!r}: write wXaY with X one of 158 (ternary), 2, 3, .. 8 and Y "
-                       "one of 2, 3, .. 8, for example w4a4 or w158a8")
+    require(match, f"bits {text!r}", "is not wXaY", "give one of 158 (ternary), 2, 3, .. 8 for X "
+            "and one of 2, 3, .. 8 for Y, for example w4a4 or w158a8")
     weight, activation = match.groups()
     return TERNARY if weight == "158" else int(weight), int(activation)
 
