@@ -19,19 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
-from transformers import (AttentionInterface, AutoConfig, DeiTForImageClassification,
-                          DeiTForImageClassificationWithTeacher, SwinForImageClassification,
-                          ViTForImageClassification)
+from transformers import AttentionInterface, AutoConfig
 
 TERNARY = 1.58  # log2(3): the information in a weight of three levels
 EDGE_BITS = 8
 FORMAT_VERSION = 5
-FAMILIES = {family.__name__: family for family in (
-    ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher,
-    SwinForImageClassification)}
+FAMILIES = {name: getattr(transformers, name) for name in (
+    "ViTForImageClassification", "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher", "SwinForImageClassification")}
 
 
 class BadInput(ValueError):
