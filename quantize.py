@@ -284,8 +284,9 @@ def read_images(folders, preprocessing, device):
     are not lost among twenty thousand others.
     """
     transform = preprocessing.pixels(2 * round(MARGIN * preprocessing.crop / 2))
-    images = [torch.cat([pixels for _, pixels in decode(list_images(folder), transform, "reading")])
-              for folder in folders]
+    found = [list_images(folder) for folder in folders]  # raises BadInput before any is decoded
+    images = [torch.cat([pixels for _, pixels in decode(paths, transform, "reading")])
+              for paths in found]
     shares = [torch.full((len(some),), 1 / (len(some) * len(images))) for some in images]
     return torch.cat(images).to(device), torch.cat(shares).to(device)
 
@@ -305,8 +306,6 @@ def save_anywhere(student, args, about):
 def main():
     args = parse()
     device, (rank, processes) = start(args.device), rank_and_processes()
-    for folder in args.images or []:
-        list_images(folder)  # raises BadInput before anything takes time
     classifier = load_classifier(args.model)
     identity = {"weights": vitq.fingerprint(classifier.model), "bits": args.bits,
                 "edge_bits": args.edge_bits, "method": args.method}
