@@ -271,7 +271,6 @@ def paint_missing(model, classifier, device):
     """The folder generated/<model>, with learned prompts, after painting what it lacks."""
     settings, classes = generate.settings_of(model, classifier), len(classifier.class_names)
     folder = generate.default_folder(model)
-    classifier.model.to(device).requires_grad_(False)
     per_mode = math.ceil(PICTURES / (classes * settings["modes"]))
     generate.fill(folder, classifier, range(classes), device, per_mode, settings)
     return str(folder)
@@ -313,12 +312,12 @@ def main():
     if args.model == "tiny" and not args.data and rank == 0:
         args.data = shapes.test_folder()
     data = labelled_images(args.data, classifier.class_names) if args.data else None
+    classifier.model.to(device).requires_grad_(False)
     args.images = args.images or [paint_missing(args.model, classifier, device)]
 
     torch.manual_seed(args.seed)  # the same in all processes
     torch.backends.cudnn.benchmark = True  # else it takes a slow gradient of the patch embedding
     preprocessing, teacher = classifier.preprocessing, classifier.model
-    teacher.to(device).requires_grad_(False)
     images, shares = read_images(args.images, preprocessing, device)
     begin = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(teacher), args.bits, args.edge_bits).to(device)
