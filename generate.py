@@ -197,8 +197,8 @@ def fill(out, classifier, labels, device, per_mode, settings):
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every tensor
     micro_batch = settings["modes"]
-    with tqdm(total=len(missing), unit="class", disable=True if rank else None) as bar:
-        for label, folder in missing.items():
+    with tqdm(missing.items(), unit="class", disable=True if rank else None) as bar:
+        for label, folder in bar:
             folder.mkdir(parents=True, exist_ok=True)
             while not is_complete(folder, settings["modes"], per_mode):
                 try:
@@ -207,7 +207,6 @@ def fill(out, classifier, labels, device, per_mode, settings):
                     if micro_batch == 1:
                         raise
                     micro_batch = math.ceil(micro_batch / 2)
-            bar.update()
     torch.use_deterministic_algorithms(False)
     if processes > 1:
         dist.barrier()
