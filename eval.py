@@ -50,7 +50,7 @@ MODEL_HELP = f"{', '.join(MODELS)}, a hub id (owner/name), or a folder"
 CHUNK = 256  # pictures that are decoded together
 
 transformers.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", module="PIL|torch")  # what matters is refused or named
+warnings.filterwarnings("ignore", module="PIL|torch|diffusers")  # what matters is refused
 logging.disable(logging.WARNING)  # what the libraries warn of is raised here
 
 

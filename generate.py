@@ -16,7 +16,6 @@ import math
 import os
 import re
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def load_generator(generator, dtype):
     files = [str(path) for path in folder.glob("unet/*.safetensors")] or [generator]
     half = all(".fp16." in file or file == SD_TURBO for file in files)
     remedy = "give SD-Turbo, or a whole folder in diffusers' format; --model tiny needs no network"
-    with reading(f"generator {generator}", remedy), warnings.catch_warnings(action="ignore"):
+    with reading(f"generator {generator}", remedy):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
         pipeline = StableDiffusionPipeline.from_pretrained(
             source, dtype=dtype, use_safetensors=True, safety_checker=None,
