@@ -184,18 +184,15 @@ def model_folder(model):
     Raises BadInput if it is none of them, or cannot be downloaded.
     """
     hub_id, there = MODELS.get(model, model), Path(model).resolve()
-    same = model in MODELS and there.is_dir() and not Path(hub_id).is_relative_to(there)
-    note = f"the folder of that name is ./{model}" if same else f"give {MODEL_HELP}"
+    if model in MODELS and there.is_dir() and not Path(hub_id).is_relative_to(there):
+        print(f"model {model}: {hub_id}; the folder of that name is ./{model}", file=sys.stderr)
+    if Path(hub_id).is_dir():
+        return Path(hub_id)
     try:
-        folder = Path(hub_id)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub's client raises its own, its HTTP library's, the system's
         raise BadInput(f"model {model!r}: {hub_id} is not a folder and could not be had from the "
-                       f"hub ({type(error).__name__}); {note}") from error
-    if same:
-        print(f"model {model}: {hub_id}; {note}", file=sys.stderr)
-    return folder
+                       f"hub ({type(error).__name__}); give {MODEL_HELP}") from error
 
 
 def load_classifier(model):
