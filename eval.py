@@ -10,7 +10,6 @@ Agreement is the percent of images whose first class is the one that the full-pr
 it needs no labels, and has less noise than the difference of two accuracies.
 """
 import argparse
-import difflib
 import functools
 import json
 import logging
@@ -351,9 +350,8 @@ def find_class(name, names, what="class"):
     found = classes_named(name, names)
     require(len(found) < 2, f"{what} {name!r}", "several classes have this name",
             f"give the index, {' or '.join(map(str, found))}")
-    near = difflib.get_close_matches(name, ", ".join(names).split(", "))
     require(found, f"{what} {name!r}", f"is none of the model's {len(names)} classes",
-            f"give an index below {len(names)} or a name" + f", as {', '.join(near)}" * bool(near))
+            f"give an index below {len(names)} or a name, such as {names[0]}")
     said, meant = (set(re.findall(r"[^\W_]+", plain(text)))
                    for text in (re.sub("^[0-9]+_", "", name), names[found[0]]))
     if not said <= meant:
