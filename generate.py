@@ -86,9 +86,8 @@ def load_generator(generator, dtype):
     That is the folder's taesd/, or TAESD for SD-Turbo from the hub; without one, the full decoder.
     """
     # imported here, since quantizing with images at hand needs none of it
-    from diffusers import AutoencoderTiny, StableDiffusionPipeline
-    from diffusers.utils import logging
-    logging.disable_progress_bar()
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline, utils
+    utils.logging.disable_progress_bar()
     folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
     source, small = (folder, folder / "taesd") if folder.is_dir() else (generator, Path(TAESD))
     files = [str(path) for path in folder.glob("unet/*.safetensors")] or [generator]
@@ -221,10 +220,9 @@ def summary(out, classifier, labels, device):
         pixels = torch.cat([some for _, some in decode(paths, VF.pil_to_tensor, "looking")])
         seen = [classifier.features(some.to(device) / 255) for some in pixels.split(64)]
         logits, phi = map(torch.cat, zip(*seen))
-        hits.append(logits.argmax(1) == label)
+        hits += (logits.argmax(1) == label).tolist()
         cosines.append(prompts.mean_cosine(phi).item())
-    hits = torch.cat(hits).double()
-    return (f"{out}: {len(hits)} pictures, {100 * hits.mean().item():.1f} % recognised, "
+    return (f"{out}: {len(hits)} pictures, {100 * sum(hits) / len(hits):.1f} % recognised, "
             f"mean feature cosine {sum(cosines) / len(cosines):.3f}")
 
 
