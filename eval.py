@@ -200,7 +200,6 @@ def load_classifier(model):
     folder, what = model_folder(model), f"model {model}"
     with reading(what, "give the whole folder of a checkpoint, with its safetensors"):
         config = json.loads((folder / "config.json").read_text())
-        require(config.get("format") != "vitq", what, "quantized or damaged", "give its original")
         tensors, files = {}, {"model.safetensors"}
         if not (folder / "model.safetensors").is_file():  # several files, if it is any
             index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -235,7 +234,7 @@ def load_classifier(model):
 def from_transformers(what, config, tensors, folder):
     """The network's class, its configuration, what to replace in the names of its tensors (pattern
     -> text), and its preprocessing, of a checkpoint in transformers' format."""
-    architecture = (config.get("architectures") or ["no architecture"])[0]
+    architecture = (config.get("architectures") or [config.get("format", "no architecture")])[0]
     require(architecture in vitq.FAMILIES, what, f"holds {architecture}",
             f"give one of {', '.join(vitq.FAMILIES)}, in full precision")
     for field in ("quantization_config", "auto_map"):
