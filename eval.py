@@ -140,8 +140,7 @@ def transformers_preprocessing(what, processor):
     require(processor.resample in range(4), what, f"resample {processor.resample}")
     require(not size.longest_edge, what, f"size with longest_edge {size.longest_edge}")
     crop = processor.crop_size if processor.do_center_crop else size
-    require(crop.height and crop.height == crop.width, what,
-            f"an input of {crop.height} x {crop.width} pixels")
+    require(crop.height and crop.height == crop.width, what, f"{crop.height} x {crop.width} pixels")
     # (255 f pixels / 255 - mean) / std, with f the rescale_factor
     pair = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
     mean, std = ((np.ones(3) * value / (255 * processor.rescale_factor)).tolist()
@@ -273,8 +272,7 @@ def from_timm(what, config, tensors, folder):
     architecture, pretrained = config.get("architecture", ""), config["pretrained_cfg"]
     arguments = config.get("model_args") or {}
     require(re.fullmatch(r"(vit|deit)_(tiny|small|base)(_distilled)?_patch\d+_\d+", architecture),
-            what, architecture, "in timm's format only ViT and DeiT (tiny, small, base) are read; "
-            "for Swin take transformers' format, as --model swin_t does")
+            what, architecture, "give a tiny, small or base ViT or DeiT; for Swin, --model swin_t")
     for field, value in [*config.items(), *arguments.items()]:
         require(value in (TIMM_PLAIN.get(field, value), None), what, f"{field} {value}")
     unknown = ", ".join(sorted(arguments.keys() - TIMM_PLAIN.keys() - TIMM_ARGUMENTS))

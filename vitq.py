@@ -601,8 +601,7 @@ def load_quantized(folder):
     """
     config, remedy = read_config(folder), "quantize it again"
     require(config, folder, "no quantized model, or a damaged one", remedy)
-    require(config.get("version") == FORMAT_VERSION, folder, f"format version "
-            f"{config.get('version')}, but this code reads version {FORMAT_VERSION}", remedy)
+    require(config.get("version") == FORMAT_VERSION, folder, "of another format version", remedy)
     with reading(folder, remedy):
         tensors = load_file(Path(folder) / "model.safetensors")
         text = json.dumps({name: value for name, value in config.items() if name != "checksum"})
