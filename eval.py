@@ -247,7 +247,6 @@ def from_transformers(what, config, tensors, folder):
     return family, config, {}, transformers_preprocessing(what, processor)
 
 
-TIMM_PREFIX = r"^((module|_orig_mod|timm_model|model)\.)*"
 # timm's parameter names, and what the same parameter is called in transformers' ViT and DeiT
 TIMM_NAMES = {
     r"^blocks\.": "layers.", r"\.norm1\.": ".layernorm_before.", r"\.norm2\.": ".layernorm_after.",
@@ -285,7 +284,7 @@ def from_timm(what, config, tensors, folder):
     require(len(names) in (0, classes), what, f"{len(names)} label_names for {classes} classes")
     preprocessing = timm_preprocessing(what, pretrained)
     for name in list(tensors):
-        tensors[re.sub(TIMM_PREFIX, "", name)] = tensors.pop(name)
+        tensors[re.sub(r"^((module|_orig_mod|timm_model|model)\.)*", "", name)] = tensors.pop(name)
     family, head = (transformers.DeiTForImageClassificationWithTeacher, "cls_classifier.") \
         if "dist_token" in tensors else (transformers.ViTForImageClassification, "classifier.")
     hidden = tensors["cls_token"].shape[-1]
@@ -444,8 +443,7 @@ def evaluate(models, preprocessing, paths, labels, device):
             same = predicted[:, 0] == torch.cat(top5[FULL_PRECISION])[:, 0]
             row["agreement %"] = 100 * same.double().mean().item()
         row["size MB"] = models[name][1]
-    count = f"on {len(kept)} images"
-    print(f"{count:16}" + "".join(f"{column:>13}" for column in row))
+    print(f"on {len(kept)} images".ljust(16) + "".join(f"{column:>13}" for column in row))
     for name, row in results.items():
         cells = ("-" if value is None else f"{value:.2f}" for value in row.values())
         print(f"{name:16}" + "".join(f"{cell:>13}" for cell in cells))

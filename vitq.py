@@ -26,7 +26,6 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig
 
 TERNARY = 1.58  # log2(3): the information in a weight of three levels
-EDGE_BITS = 8
 FORMAT_VERSION = 5
 FAMILIES = {name: getattr(transformers, name) for name in (
     "ViTForImageClassification", "DeiTForImageClassification",
@@ -365,7 +364,7 @@ def modules_of(model, kind):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
-def quantize_modules(model, bits, edge_bits=EDGE_BITS):
+def quantize_modules(model, bits, edge_bits=8):
     """Put the fake-quant modules into `model`, in place; `initialize` then sets their scales.
 
     bits such as "w4a4"; edge_bits 8, or "same": patch embedding and head have the bits of the rest.
