@@ -237,8 +237,7 @@ def load_prompts(path, settings):
         if texts != [*map(str, texts)] or not len(texts) == len(v) == made_with["modes"] \
                 or v.dim() != 3 or not v.isfinite().all():
             raise ValueError("they are no prompts")
-    different = [f"{key} {made_with.get(key)}, not {value}" for key, value in settings.items()
-                 if made_with.get(key) != value]
-    require(not different, path, f"was made with {'; '.join(different)}",
-            f"give another --out, or remove {path.parent}")
+    for key, value in settings.items():
+        require(made_with.get(key) == value, path, f"was made with {key} {made_with.get(key)}, "
+                f"not {value}", f"give another --out, or remove {path.parent}")
     return texts, v
