@@ -92,8 +92,7 @@ def load_generator(generator, dtype):
     source, small = (folder, folder / "taesd") if folder.is_dir() else (generator, Path(TAESD))
     files = [str(path) for path in folder.glob("unet/*.safetensors")] or [generator]
     half = all(".fp16." in file or file == SD_TURBO for file in files)
-    remedy = "give SD-Turbo, or a whole folder in diffusers' format; --model tiny needs no network"
-    with reading(f"generator {generator}", remedy):
+    with reading(f"generator {generator}", "give SD-Turbo, a folder of diffusers, or --model tiny"):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
         pipeline = StableDiffusionPipeline.from_pretrained(
             source, dtype=dtype, use_safetensors=True, safety_checker=None,
