@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
@@ -556,9 +555,9 @@ def start(name):
         raise BadInput(f"device {name!r} is not available here; give --device cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if rank_and_processes()[1] > 1 and not dist.is_initialized():
+    if rank_and_processes()[1] > 1 and not torch.distributed.is_initialized():
         # a day: processes that paint wait for each other at the end
-        dist.init_process_group(timeout=timedelta(days=1))
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     return device
 
 
@@ -573,8 +572,8 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def parser():

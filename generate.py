@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -206,7 +205,7 @@ def fill(out, classifier, labels, device, per_mode, settings):
                     micro_batch = math.ceil(micro_batch / 2)
     torch.use_deterministic_algorithms(False)
     if processes > 1:
-        dist.barrier()
+        torch.distributed.barrier()
 
 
 @torch.no_grad()

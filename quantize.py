@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchvision.transforms.v2 import functional as VF
@@ -175,10 +174,10 @@ def random_views(images, size, u):
 
 def mean_over_processes(tensors):
     """Replace each of the tensors by its mean over the processes of torchrun, in one message."""
-    if dist.is_initialized():
+    if torch.distributed.is_initialized():
         everything = parameters_to_vector(tensors)
-        dist.all_reduce(everything)
-        vector_to_parameters(everything / dist.get_world_size(), tensors)
+        torch.distributed.all_reduce(everything)
+        vector_to_parameters(everything / torch.distributed.get_world_size(), tensors)
 
 
 def train(student, teacher, method, images, shares, preprocessing, steps, batch, progress):
