@@ -251,9 +251,8 @@ TIMM_NAMES = {
     r"^blocks\.": "layers.", r"\.norm1\.": ".layernorm_before.", r"\.norm2\.": ".layernorm_after.",
     r"\.attn\.proj\.": ".attention.o_proj.", r"\.attn\.": ".attention.", r"^norm\.": "layernorm.",
     r"^cls_token": "embeddings.cls_token", r"^dist_token": "embeddings.distillation_token",
-    r"^pos_embed": "embeddings.position_embeddings",
     r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
-    r"^head_dist\.": "distillation_classifier."}
+    r"^pos_embed": "embeddings.position_embeddings", r"^head_dist\.": "distillation_classifier."}
 # what timm may be told of a ViT: followed, told by the tensors too, or of no effect after training
 TIMM_ARGUMENTS = {"img_size", "num_heads", "num_classes", "qkv_bias", "embed_dim", "depth",
                   "patch_size", "mlp_ratio", "weight_init", "drop_rate", "pos_drop_rate",

@@ -28,11 +28,10 @@ from tqdm import tqdm
 
 import generate
 import vitq
-from eval import (FULL_PRECISION, MODEL_HELP, Parser, RecordedStep, compiled, decode, evaluate,
-                  labelled_images, list_images, load_classifier, patched, rank_and_processes, run,
-                  source_of, start, whole_number)
+from eval import (FULL_PRECISION, MODEL_HELP, BadInput, Parser, RecordedStep, compiled, decode,
+                  evaluate, labelled_images, list_images, load_classifier, patched,
+                  rank_and_processes, require, run, source_of, start, whole_number)
 from tiny import shapes
-from vitq import BadInput, require
 
 INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
