@@ -124,9 +124,14 @@ def picture_paths(folder, modes, per_mode):
             for mode in range(modes) for number in range(per_mode)]
 
 
-def is_complete(folder, modes, per_mode):
-    """Whether all of a class's pictures are there; the grid is written last."""
-    paths = [folder / "grid.png", *picture_paths(folder, modes, per_mode)]
+def is_done(folder, settings, per_mode):
+    """Whether all of a class's pictures are there; the grid is written last.
+
+    Raises BadInput if the class was made with other settings.
+    """
+    if (folder / PROMPTS_FILE).exists():
+        prompts.load_prompts(folder / PROMPTS_FILE, settings)
+    paths = [folder / "grid.png", *picture_paths(folder, settings["modes"], per_mode)]
     return all(path.is_file() and path.stat().st_size for path in paths)
 
 
@@ -183,11 +188,8 @@ def fill(out, classifier, labels, device, per_mode, settings):
     rank, processes = rank_and_processes()
     folders = {label: class_folder(out, label, classifier.class_names)
                for label in labels[rank::processes]}
-    for folder in folders.values():
-        if (folder / PROMPTS_FILE).exists():
-            prompts.load_prompts(folder / PROMPTS_FILE, settings)
     missing = {label: folder for label, folder in folders.items()
-               if not is_complete(folder, settings["modes"], per_mode)}
+               if not is_done(folder, settings, per_mode)}
     sampler = OneStepSampler(settings["generator"], device) if missing else None
     # on a GPU, only kernels that add in the same order each time: a seed gives the same pictures
     torch.use_deterministic_algorithms(device.type == "cuda")
@@ -196,7 +198,7 @@ def fill(out, classifier, labels, device, per_mode, settings):
     with tqdm(missing.items(), unit="class", disable=True if rank else None) as bar:
         for label, folder in bar:
             folder.mkdir(parents=True, exist_ok=True)
-            while not is_complete(folder, settings["modes"], per_mode):
+            while not is_done(folder, settings, per_mode):
                 try:
                     make(sampler, classifier, label, folder, per_mode, settings, micro_batch, bar)
                 except torch.OutOfMemoryError:
@@ -244,9 +246,8 @@ def parser():
 def settings_of(model, classifier, generator=None, kind="learned", modes=MODES, seed=0):
     """All that the prompts of a class depend on, as it is written beside them."""
     generator = source_of(generator) if generator else TINY_TURBO if model == "tiny" else SD_TURBO
-    return {"weights": fingerprint(classifier.model), "generator": generator,
-            "prompts": kind, "modes": modes, "seed": seed,
-            **(prompts.constants() if kind == "learned" else {})}
+    return dict(weights=fingerprint(classifier.model), generator=generator, prompts=kind,
+                modes=modes, seed=seed, **(prompts.constants() if kind == "learned" else {}))
 
 
 def default_folder(model, kind="learned"):
