@@ -287,14 +287,13 @@ def from_timm(what, config, tensors, folder):
         if "dist_token" in tensors else (transformers.ViTForImageClassification, "classifier.")
     hidden = tensors["cls_token"].shape[-1]
     config = family.config_class(
-        # 64 to a head, in every size of timm's
+        # 64 to a head, in every size of timm's; without names, LABEL_0, LABEL_1, ...
         hidden_size=hidden, num_attention_heads=arguments.get("num_heads", hidden // 64),
         num_hidden_layers=sum(name.endswith(".norm1.weight") for name in tensors),
         intermediate_size=len(tensors["blocks.0.mlp.fc1.weight"]), layer_norm_eps=1e-6,
         patch_size=tensors["patch_embed.proj.weight"].shape[-1],
         image_size=arguments.get("img_size", preprocessing.crop),
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-        num_labels=classes, id2label=names or None)  # None: LABEL_0, LABEL_1, ...
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors, num_labels=classes, id2label=names or None)
     # timm has the three projections in one matrix, (3 * hidden, hidden)
     for name in [name for name in tensors if ".qkv." in name]:
         for part, chunk in zip("qkv", tensors.pop(name).chunk(3)):
@@ -402,12 +401,11 @@ def decode(paths, transform, description):
             good = {position: image for position, image in images if image is not None}
             if good:
                 yield list(good), torch.stack(list(good.values()))
-    some = ", ".join(sorted(broken)[:5])
+    some = ", ".join(sorted(broken)[:5]) + ", ..." * (len(broken) > 5)
     require(len(broken) < len(paths), f"none of {len(paths)} images could be decoded", some,
             "give others")
     if broken:
-        print(f"skipped {len(broken)} of {len(paths)} images that could not be decoded: {some}"
-              + ", ..." * (len(broken) > 5), file=sys.stderr)
+        print(f"skipped {len(broken)} of {len(paths)} images: {some}", file=sys.stderr)
 
 
 # -------------------- Accuracy
@@ -606,8 +604,7 @@ def main():
     if vitq.read_config(args.model):
         model, config = vitq.load_quantized(args.model)
         classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
-        size = (Path(args.model) / "model.safetensors").stat().st_size / 1e6
-        models[config["bits"]] = model, size
+        models[config["bits"]] = model, Path(args.model, "model.safetensors").stat().st_size / 1e6
     else:
         classifier = load_classifier(args.model)
     paths, labels = labelled_images(args.data, classifier.class_names)
