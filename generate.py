@@ -168,14 +168,14 @@ def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, ba
     bar.set_description(name)
     if not path.exists():
         if settings["prompts"] == "learned":
-            made = prompts.learn(sampler, classifier, label, name, modes, seed, micro_batch,
-                                 lambda loss: bar.set_postfix(loss=f"{loss:.3f}"))
+            texts, v = prompts.learn(sampler, classifier, label, name, modes, seed, micro_batch,
+                                     lambda loss: bar.set_postfix(loss=f"{loss:.3f}"))
         else:
             texts = prompts.plain(settings["prompts"], label, name, modes, seed)
-            made = texts, torch.zeros(modes, 0, sampler.text_encoder.config.hidden_size)
-        prompts.save_prompts(path, *made, settings)
-    made = prompts.load_prompts(path, settings)
-    paint(sampler, folder, label, *made, per_mode, seed, micro_batch)
+            v = torch.zeros(modes, 0, sampler.text_encoder.config.hidden_size)
+        prompts.save_prompts(path, texts, v, settings)
+    texts, v = prompts.load_prompts(path, settings)
+    paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch)
 
 
 def fill(out, classifier, labels, device, per_mode, settings):
