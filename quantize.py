@@ -17,13 +17,11 @@ import re
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
 
 import generate
@@ -320,7 +318,7 @@ def main():
     begin = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(teacher), args.bits, args.edge_bits).to(device)
     first = images[torch.multinomial(shares, INITIALIZATION_IMAGES, replacement=True)]
-    first = VF.center_crop(first, [preprocessing.crop])
+    first = preprocessing.center_crop(first, [preprocessing.crop] * 2)
     vitq.initialize(student, preprocessing.normalizer(device)(first))
     with tqdm(total=args.steps, desc=f"{args.method} {args.bits}", unit="step",
               disable=None if args.steps and rank == 0 else True) as progress:
@@ -329,7 +327,7 @@ def main():
     if rank > 0:
         return  # all of them hold the same student
     seconds = time.perf_counter() - begin
-    about = {**identity, "source": source_of(args.model), "preprocessing": asdict(preprocessing)}
+    about = {**identity, "source": source_of(args.model), "preprocessing": vars(preprocessing)}
     size = save_anywhere(vitq.fold(student), args, about) / 1e6
     full_size = teacher.num_parameters() * 4 / 1e6
     print(f"{args.out}: {full_size:.2f} MB in float32, {size:.2f} MB packed; {len(images)} images, "
