@@ -509,7 +509,6 @@ def unpack(packed, bits, shape):
     return q.view(*shape)
 
 
-
 def write_whole(path, data):
     """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
     for left in path.parent.glob(f".{path.name}.*"):
