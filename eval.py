@@ -139,7 +139,7 @@ def transformers_preprocessing(what, processor):
     require(processor.resample in range(4), what, f"resample {processor.resample}")
     require(not size.longest_edge, what, f"size with longest_edge {size.longest_edge}")
     crop = processor.crop_size if processor.do_center_crop else size
-    require(crop.height and crop.height == crop.width, what, f"{crop.height} x {crop.width} pixels")
+    require(crop.height and crop.height == crop.width, what, f"input {crop.height} x {crop.width}")
     # (255 f pixels / 255 - mean) / std, with f the rescale_factor
     pair = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
     mean, std = ((np.ones(3) * value / (255 * processor.rescale_factor)).tolist()

@@ -35,7 +35,7 @@ INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
 TINY_STEPS, TINY_BATCH = 300, 32  # for --model tiny, whose pictures are learned sooner
 PICTURES = 960  # painted where no images are given: so many, or one per prompt if that is more
-FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11) [ours], by held-back pictures
+FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-back pictures [ours]
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
@@ -312,7 +312,7 @@ def main():
     args.images = args.images or [paint_missing(args.model, classifier, device)]
 
     torch.manual_seed(args.seed)  # the same in all processes
-    torch.backends.cudnn.benchmark = True  # else it takes a slow gradient of the patch embedding
+    torch.backends.cudnn.benchmark = True  # its guess for the patch embedding's gradient is slow
     preprocessing, teacher = classifier.preprocessing, classifier.model
     images, shares = read_images(args.images, preprocessing, device)
     begin = time.perf_counter()
