@@ -142,8 +142,7 @@ def transformers_preprocessing(what, processor):
     require(crop.height and crop.height == crop.width, what, f"input {crop.height} x {crop.width}")
     # (255 f pixels / 255 - mean) / std, with f the rescale_factor
     pair = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
-    mean, std = ((np.ones(3) * value / (255 * processor.rescale_factor)).tolist()
-                 for value in pair)
+    mean, std = ((np.ones(3) * value / (255 * processor.rescale_factor)).tolist() for value in pair)
     return Preprocessing(size.shortest_edge or [size.height, size.width], crop.height,
                          Image.Resampling(processor.resample).name.lower(), mean, std, rounds=False)
 
