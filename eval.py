@@ -191,9 +191,10 @@ def model_folder(model):
                        f"hub ({type(error).__name__}); give {MODEL_HELP}") from error
 
 
-def load_classifier(model):
+def load_classifier(model, device="cpu"):
     """A full-precision `Classifier` from a name, a hub id or a folder, in transformers' or timm's
-    format. Raises BadInput if it is not found, not a ViT, DeiT or Swin classifier, or damaged."""
+    format, on the device, with no gradients to its parameters. Raises BadInput if it is not found,
+    not a ViT, DeiT or Swin classifier, or damaged."""
     folder, what = model_folder(model), f"model {model}"
     with reading(what, "give the whole folder of a checkpoint, with its safetensors"):
         config = json.loads((folder / "config.json").read_text())
@@ -223,9 +224,9 @@ def load_classifier(model):
                 f"id2label names the classes {str(names)[:60]}", "give 0, 1, .. a name each")
         require(side == preprocessing.crop, what, f"image_size is {side}, the processor's pictures "
                 f"have {preprocessing.crop} pixels", "make them equal")
-        with torch.no_grad():  # whatever else does not fit together is seen now
-            network(torch.zeros(1, 3, side, side))
-    return Classifier(network, preprocessing)
+        network.requires_grad_(False)
+        network(torch.zeros(1, 3, side, side))  # whatever else does not fit together is seen now
+    return Classifier(network.to(device), preprocessing)
 
 
 def from_transformers(what, config, tensors, folder):

@@ -258,8 +258,7 @@ def default_folder(model, kind="learned"):
 def main():
     args = parser().parse_args()
     device, begin = start(args.device), time.perf_counter()
-    classifier = load_classifier(args.model)
-    classifier.model.to(device).requires_grad_(False)
+    classifier = load_classifier(args.model, device)
     names = classifier.class_names
     labels = range(len(names)) if args.label == "all" else [find_class(args.label, names)]
     settings = settings_of(args.model, classifier, args.generator, args.prompts, args.modes,

@@ -301,14 +301,13 @@ def save_anywhere(student, args, about):
 def main():
     args = parse()
     device, (rank, processes) = start(args.device), rank_and_processes()
-    classifier = load_classifier(args.model)
+    classifier = load_classifier(args.model, device)
     identity = {"weights": vitq.fingerprint(classifier.model), "bits": args.bits,
                 "edge_bits": args.edge_bits, "method": args.method}
     vitq.check_output(args.out, identity)
     if args.model == "tiny" and not args.data and rank == 0:
         args.data = shapes.test_folder()
     data = labelled_images(args.data, classifier.class_names) if args.data else None
-    classifier.model.to(device).requires_grad_(False)
     args.images = args.images or [paint_missing(args.model, classifier, device)]
 
     torch.manual_seed(args.seed)  # the same in all processes
