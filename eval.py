@@ -170,8 +170,7 @@ class Classifier:
         """
         with vitq.block_outputs(self.model) as h:
             logits = self.model(self.preprocessing.of_pictures(images)).logits
-        means = [output.mean(1) for output in h]  # (B, channels) each
-        return logits, torch.cat([torch.nn.functional.normalize(mean) for mean in means], 1)
+        return logits, torch.cat([torch.nn.functional.normalize(output.mean(1)) for output in h], 1)
 
 
 def model_folder(model):
