@@ -307,14 +307,14 @@ def list_images(folder):
     passed over, and generate.py's overviews, grid.png. Raises BadInput if there are none."""
     def walk(folder, above=()):
         real = folder.resolve()
-        for path in () if real in above else folder.iterdir():  # a link that leads back ends here
+        # a link that leads back ends here
+        for path in folder.iterdir() if folder.is_dir() and real not in above else ():
             if path.is_dir() and path.name[0] != ".":
                 yield from walk(path, (*above, real))
             elif path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != ".":
                 yield path
 
-    found = walk(Path(folder)) if Path(folder).is_dir() else ()
-    paths = sorted(path for path in found if path.name != "grid.png")
+    paths = sorted(path for path in walk(Path(folder)) if path.name != "grid.png")
     require(paths, folder, "no folder with images", f"looked for {' '.join(IMG_EXTENSIONS)}")
     return paths
 
