@@ -57,8 +57,7 @@ def reading(what, remedy):
 def parse_bits(text):
     """"w4a4" -> (4, 4), "w158a8" -> (1.58, 8): bits of the weights and of the activations."""
     match = re.fullmatch(r"w(158|[2-8])a([2-8])", text)
-    require(match, f"bits {text!r}", "is not wXaY", "give one of 158 (ternary), 2, 3, .. 8 for X "
-            "and one of 2, 3, .. 8 for Y, for example w4a4 or w158a8")
+    require(match, f"bits {text!r}", "not wXaY", "X: 158 (ternary) or 2..8; Y: 2..8; such as w4a4")
     weight, activation = match.groups()
     return TERNARY if weight == "158" else int(weight), int(activation)
 
