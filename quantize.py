@@ -53,8 +53,7 @@ READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU 
 
 def count_class_tokens(model):
     """How many tokens, the first ones, stand for the whole image: ViT 1, DeiT 2, Swin none."""
-    return sum(name.endswith(("cls_token", "distillation_token"))
-               for name, _ in model.named_parameters())
+    return sum(name.endswith(("cls_token", "distillation_token")) for name in model.state_dict())
 
 
 def feature_loss(features, quantized_features, class_tokens):
