@@ -90,12 +90,11 @@ def load_generator(generator, dtype):
     folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
     source, small = (folder, folder / "taesd") if folder.is_dir() else (generator, Path(TAESD))
     files = [str(path) for path in folder.glob("unet/*.safetensors")] or [generator]
-    half = all(".fp16." in file or file == SD_TURBO for file in files)
+    variant = "fp16" if all(".fp16." in file or file == SD_TURBO for file in files) else None
     with reading(f"generator {generator}", "give SD-Turbo, a folder of diffusers, or --model tiny"):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
         pipeline = StableDiffusionPipeline.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, safety_checker=None,
-            requires_safety_checker=False, variant="fp16" if half else None)
+            source, dtype=dtype, use_safetensors=True, safety_checker=None, variant=variant)
         taesd = AutoencoderTiny.from_pretrained(small, dtype=dtype, use_safetensors=True) \
             if source == SD_TURBO or small.is_dir() else pipeline.vae
     kind = type(pipeline.scheduler).__name__, pipeline.scheduler.config.get("prediction_type")
