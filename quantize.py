@@ -177,7 +177,7 @@ def mean_over_processes(tensors):
 
 
 def train(student, teacher, method, images, shares, preprocessing, steps, batch, progress):
-    """Train `student` to follow `teacher`, without labels; both on the device of `images`.
+    """Train `student` to follow `teacher`, without labels; both frozen, on the device of `images`.
 
     images: uint8 (N, 3, S, S); shares: how likely each of them is, (N,). steps: in all, of `batch`
     images in each process. Returns the loss of the first, of every tenth and of the last step.
@@ -187,7 +187,6 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
     mine = slice(rank * batch, (rank + 1) * batch)  # all processes draw the same numbers
     class_tokens = count_class_tokens(student)
     normalize, views = preprocessing.normalizer(device), compiled(random_views, device, steps)
-    student.requires_grad_(False)
     modules = [*vitq.blocks(student), *vitq.blocks(teacher),
                *(conv for _, conv in vitq.modules_of(student, vitq.QuantConv2d))]
     with patched("forward", {m: compiled(m.forward, device, steps) for m in modules}), \

@@ -185,7 +185,6 @@ class ActivationQuantizer(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.zero_point = nn.Parameter(torch.zeros(()))
 
-    @torch.no_grad()
     def initialize(self, x, w):
         """Eq. (6) on a random sample of the values x, any shape, with weights w that broadcast."""
         index = torch.randint(x.numel(), (SAMPLE,)).to(x.device)
@@ -240,7 +239,6 @@ class QuantWeight:
         q = quantize_weight(weight, scale, self.weight_bits)
         return (q if self.fade is None else torch.lerp(weight / scale, q, self.fade)), scales
 
-    @torch.no_grad()
     def initialize(self):
         self.weight_log_scale.copy_(weight_scale(self.rescaled_weight(), self.weight_bits).log())
 
@@ -367,6 +365,7 @@ def quantize_modules(model, bits, edge_bits=8):
     """Put the fake-quant modules into `model`, in place; `initialize` then sets their scales.
 
     bits such as "w4a4"; edge_bits 8, or "same": patch embedding and head have the bits of the rest.
+    No parameter requires gradients, until a training asks for them.
     Raises BadInput for another architecture than ViT, DeiT and Swin for image classification.
     """
     if type(model).__name__ not in FAMILIES:
@@ -401,7 +400,7 @@ def quantize_modules(model, bits, edge_bits=8):
             elif type(child) is nn.Linear:  # the head, or the two heads of a distilled DeiT
                 replace(parent, [name], bits=edge)
     model.set_attn_implementation("vitq")
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def enable(model, enabled):
@@ -425,7 +424,6 @@ def first_rescaling(x, weights):
     return log_r - log_r.mean()
 
 
-@torch.no_grad()
 def initialize(model, pixels):
     """Eq. (7) and (6), in the order in which the network runs, on `pixels` (32, 3, H, W).
 
@@ -541,7 +539,6 @@ def fingerprint(model):
     return checksum("", dict(model.named_parameters()))[:16]
 
 
-@torch.no_grad()
 def save_quantized(model, folder, bits, edge_bits, about):
     """Write a folded model to `folder`: model.safetensors, and config.json for people to read.
 
@@ -590,7 +587,6 @@ def check_output(folder, identity):
             f"{there} is not a folder that can be written to", remedy)
 
 
-@torch.no_grad()
 def load_quantized(folder):
     """A model from a folder of `save_quantized`, and its configuration, from that one file alone.
 
