@@ -141,7 +141,6 @@ def write_png(picture, path):
     write_whole(path, file.getvalue())
 
 
-@torch.no_grad()
 def paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch):
     """Paint `per_mode` pictures per mode, and the grid. K texts, pseudo-tokens v (K, m, d)."""
     (folder / "grid.png").unlink(missing_ok=True)  # an older one may show fewer
@@ -209,7 +208,6 @@ def fill(out, classifier, labels, device, per_mode, settings):
         torch.distributed.barrier()
 
 
-@torch.no_grad()
 def summary(out, classifier, labels, device):
     """One line of the classes' pictures on disk: how many, the share that the classifier takes for
     their class, and the mean cosine of two phi within a class: the lower, the more diverse."""

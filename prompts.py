@@ -163,20 +163,19 @@ def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress=l
     embeddings = sampler.text_encoder.get_input_embeddings().weight.float()  # (vocabulary, d)
     random = random_of(seed, label)
     text = f"{TEMPLATE} {SLOT} {name}"
-    with torch.no_grad():
-        bare = embeddings.new_zeros(NOISE_PICTURES, 0, embeddings.shape[1])
-        _, phi = look(sampler, classifier, f"{TEMPLATE} {name}", bare,
-                      sampler.noise(NOISE_PICTURES, random), micro_batch)
-        directions = noise_directions(phi)
-        # Words at random: gradients alone, from near the class's name, find few of the colours,
-        # places and poses that the generator knows a word for.
-        words = whole_words(sampler.tokenizer)
-        drawn = torch.randint(len(words), (CANDIDATES * modes, PSEUDO_TOKENS), generator=random)
-        candidates = embeddings[words[drawn].to(embeddings.device)]
-        logits, phi = look(sampler, classifier, text, candidates,
-                           sampler.noise(len(candidates), random), micro_batch)
-        losses = -logits.log_softmax(1)[:, label]  # Eq. (14) of each
-        v = candidates[choose(losses, project(phi, directions), modes)].requires_grad_(True)
+    bare = embeddings.new_zeros(NOISE_PICTURES, 0, embeddings.shape[1])
+    _, phi = look(sampler, classifier, f"{TEMPLATE} {name}", bare,
+                  sampler.noise(NOISE_PICTURES, random), micro_batch)
+    directions = noise_directions(phi)
+    # Words at random: gradients alone, from near the class's name, find few of the colours,
+    # places and poses that the generator knows a word for.
+    words = whole_words(sampler.tokenizer)
+    drawn = torch.randint(len(words), (CANDIDATES * modes, PSEUDO_TOKENS), generator=random)
+    candidates = embeddings[words[drawn].to(embeddings.device)]
+    logits, phi = look(sampler, classifier, text, candidates,
+                       sampler.noise(len(candidates), random), micro_batch)
+    losses = -logits.log_softmax(1)[:, label]  # Eq. (14) of each
+    v = candidates[choose(losses, project(phi, directions), modes)].requires_grad_(True)
 
     optimizer = torch.optim.Adam([v], lr=LEARNING_RATE * embeddings.square().mean().sqrt().item())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
