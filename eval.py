@@ -401,8 +401,7 @@ def decode(paths, transform, description):
             if good:
                 yield list(good), torch.stack(list(good.values()))
     some = ", ".join(sorted(broken)[:5]) + ", ..." * (len(broken) > 5)
-    require(len(broken) < len(paths), f"none of {len(paths)} images could be decoded", some,
-            "give others")
+    require(len(broken) < len(paths), f"none of {len(paths)} images decodes", some, "give others")
     if broken:
         print(f"skipped {len(broken)} of {len(paths)} images: {some}", file=sys.stderr)
 
