@@ -200,9 +200,8 @@ class ActivationQuantizer(nn.Module):
             return x / scale, scale
         # One scale per row, all of them the same: in the backward pass, the fused kernel of a row
         # then sums its part of the gradient, instead of writing all of it out to be summed later.
-        rows = [*x.shape[:-1], 1]
-        return quantize_activation(
-            x, scale.expand(rows), self.zero_point.expand(rows), self.bits), scale
+        s, z = [number.expand(*x.shape[:-1], 1) for number in (scale, self.zero_point)]
+        return quantize_activation(x, s, z, self.bits), scale
 
 
 # -------------------- Layers: Eq. (2)-(5)
