@@ -411,9 +411,8 @@ def decode(paths, transform, description):
 FULL_PRECISION = "full precision"  # the name of the reference among the models that are compared
 
 
-@torch.inference_mode()
 def evaluate(models, preprocessing, paths, labels, device):
-    """Run `models` (name -> model, its size in MB) over the same images, and print the table.
+    """Run `models` (name -> frozen model, its size in MB) over the same images; print the table.
 
     Returns name -> {"top-1 %", "top-5 %": None without labels; "agreement %" with the model named
     FULL_PRECISION, None without one; "size MB"}.
