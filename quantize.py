@@ -309,7 +309,6 @@ def main():
     args.images = args.images or [paint_missing(args.model, classifier, device)]
 
     torch.manual_seed(args.seed)  # the same in all processes
-    torch.backends.cudnn.benchmark = True  # its guess for the patch embedding's gradient is slow
     preprocessing, teacher = classifier.preprocessing, classifier.model
     images, shares = read_images(args.images, preprocessing, device)
     begin = time.perf_counter()
