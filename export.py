@@ -91,7 +91,6 @@ def integer_attention(module, query, key, value, attention_mask, scaling, **kwar
 AttentionInterface.register("vitq_integers", integer_attention)
 
 
-@torch.no_grad()
 def integer_network(model):
     """Put the integer layers and attention into a model of `vitq.load_quantized`, in place."""
     for name, layer in vitq.modules_of(model, vitq.QuantWeight):
@@ -153,7 +152,6 @@ def milliseconds(sessions, side, batch):
     return 1000 * np.median(taken, axis=0) / batch
 
 
-@torch.no_grad()
 def agreement(session, model, preprocessing, paths):
     """Whether ONNX Runtime and torch give an image the same first class, for each that is read.
 

@@ -105,7 +105,7 @@ def quantized(family, bits="w4a4", **options):
     side = model.config.image_size
     pixels = torch.randn(32 if side < 100 else 4, 3, side, side)
     student = vitq.quantize_modules(copy.deepcopy(model), bits, **options)
-    return model, vitq.initialize(student, pixels).requires_grad_(False), pixels
+    return model, vitq.initialize(student, pixels), pixels
 
 
 def with_gradients(y, leaves):
@@ -779,9 +779,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def tiny_classifier():
-    classifier = evaluation.load_classifier("tiny")
-    classifier.model.requires_grad_(False)
-    return classifier
+    return evaluation.load_classifier("tiny")
 
 
 CAPTIONS = ["a photo of kite", "a night photo of striped small kite", "a blue sandy photo of boat"]
@@ -793,7 +791,6 @@ def encode(sampler, texts, v=None):
     return prompts.encode(sampler.text_encoder, sampler.tokenizer, texts, v)
 
 
-@torch.no_grad()
 def painted(sampler, classifier, texts, v=None):
     """Pictures of prompts, the classes that the classifier sees in them, and phi."""
     noise = sampler.noise(len(texts), torch.Generator().manual_seed(0))
@@ -1075,7 +1072,6 @@ def test_joint_training_recovers_what_tiny_vit_loses(tiny_classifier):
     student, normalize = copy.deepcopy(teacher), preprocessing.normalizer(CPU)
     vitq.initialize(vitq.quantize_modules(student, "w158a8"), normalize(images[160:192]))
 
-    @torch.no_grad()
     def accuracy(model):
         hits = model(normalize(images[:160])).logits.argmax(1) == labels[:160]
         return 100 * hits.float().mean().item()
