@@ -284,16 +284,16 @@ def read_images(folders, preprocessing, device):
     return torch.cat(images).to(device), torch.cat(shares).to(device)
 
 
-def save_anywhere(student, args, about):
-    """Save to args.out; if that fails, aside, since the training took long. Returns the bytes."""
+def save_anywhere(student, out, about):
+    """Save to `out`; if that fails, aside, since the training took long. Returns the bytes."""
     try:
-        return vitq.save_quantized(student, args.out, args.bits, args.edge_bits, about)
+        return vitq.save_quantized(student, out, about)
     except OSError as error:
         with suppress(OSError):
-            args.out.rmdir()
-        aside = Path(tempfile.mkdtemp(prefix="vitq-")) / args.out.name
-        vitq.save_quantized(student, aside, args.bits, args.edge_bits, about)
-        raise BadInput(f"{args.out}: {error.strerror}; what was trained is in {aside}") from error
+            out.rmdir()
+        aside = Path(tempfile.mkdtemp(prefix="vitq-")) / out.name
+        vitq.save_quantized(student, aside, about)
+        raise BadInput(f"{out}: {error.strerror}; what was trained is in {aside}") from error
 
 
 def main():
@@ -324,7 +324,7 @@ def main():
         return  # all of them hold the same student
     seconds = time.perf_counter() - begin
     about = {**identity, "source": source_of(args.model), "preprocessing": vars(preprocessing)}
-    size = save_anywhere(vitq.fold(student), args, about) / 1e6
+    size = save_anywhere(vitq.fold(student), args.out, about) / 1e6
     full_size = teacher.num_parameters() * 4 / 1e6
     print(f"{args.out}: {full_size:.2f} MB in float32, {size:.2f} MB packed; {len(images)} images, "
           f"{args.steps} steps of {args.batch * processes}, seed {args.seed}, {seconds:.0f} s")

@@ -162,7 +162,7 @@ def test_with_rounding_off_the_network_is_the_original(family, bits, tmp_path):
     """
     model, student, pixels = quantized(family, bits)
     folded = vitq.fold(copy.deepcopy(student))
-    vitq.save_quantized(folded, tmp_path / "q", bits, 8, {"source": "nowhere"})
+    vitq.save_quantized(folded, tmp_path / "q", {"bits": bits, "edge_bits": 8, "source": "nowhere"})
     loaded, config = vitq.load_quantized(tmp_path / "q")
     assert torch.equal(loaded(pixels).logits, folded(pixels).logits)
     assert config["bits"] == bits and config["source"] == "nowhere"
@@ -1482,7 +1482,7 @@ FC1 = "vit.layers.0.mlp.fc1."
 def test_quantized_files_that_lie_are_refused(bits, tmp_path):
     """Also where the checksum was made to fit; and wherever a byte has changed."""
     _, student, _ = quantized("vit", bits)
-    vitq.save_quantized(vitq.fold(student), tmp_path, bits, 8, {})
+    vitq.save_quantized(vitq.fold(student), tmp_path, {"bits": bits, "edge_bits": 8})
     path = tmp_path / "model.safetensors"
     data, tensors, config = path.read_bytes(), load_file(path), vitq.read_config(tmp_path)
     lies = [({}, {FC1 + "weight": tensors[FC1 + "weight"][:-1]}), ({"bits": "w5a4"}, {}),

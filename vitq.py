@@ -538,11 +538,12 @@ def fingerprint(model):
     return checksum("", dict(model.named_parameters()))[:16]
 
 
-def save_quantized(model, folder, bits, edge_bits, about):
+def save_quantized(model, folder, about):
     """Write a folded model to `folder`: model.safetensors, and config.json for people to read.
 
-    `about` is a dictionary stored beside the network's own configuration (source, preprocessing).
-    Returns the size in bytes. Raises BadInput if a number is not finite.
+    `about` is a dictionary stored beside the network's own configuration: the bits and edge_bits of
+    `quantize_modules`, and whatever else. Returns the size in bytes. Raises BadInput if a number is
+    not finite.
     """
     tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
     require(all(tensor.isfinite().all() for tensor in tensors.values()), folder,
@@ -550,8 +551,8 @@ def save_quantized(model, folder, bits, edge_bits, about):
     for name, layer in modules_of(model, QuantWeight):
         q, _ = layer.quantized_weight()
         tensors[f"{name}.weight"] = pack(q.char().cpu(), layer.weight_bits)
-    config = {"format": "vitq", "version": FORMAT_VERSION, "bits": bits, "edge_bits": edge_bits,
-              **about, "architecture": type(model).__name__, "network": model.config.to_dict()}
+    config = {"format": "vitq", "version": FORMAT_VERSION, **about,
+              "architecture": type(model).__name__, "network": model.config.to_dict()}
     config["checksum"] = checksum(json.dumps(config), tensors)
     config = json.dumps(config, indent=1)
     data = save(tensors, {"config": config})  # one file, so that weights and bits cannot part
