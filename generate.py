@@ -97,9 +97,10 @@ def load_generator(generator, dtype):
             source, dtype=dtype, use_safetensors=True, safety_checker=None, variant=variant)
         taesd = AutoencoderTiny.from_pretrained(small, dtype=dtype, use_safetensors=True) \
             if source == SD_TURBO or small.is_dir() else pipeline.vae
-    kind = type(pipeline.scheduler).__name__, pipeline.scheduler.config.get("prediction_type")
-    require(kind == ("EulerDiscreteScheduler", "epsilon"), f"generator {generator}",
-            f"Eq. (13) does not hold for {' with '.join(map(str, kind))}", "give SD-Turbo")
+    scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    kind = scheduler, config.get("prediction_type"), config.get("timestep_spacing")
+    require(kind == ("EulerDiscreteScheduler", "epsilon", "trailing"), f"generator {generator}",
+            f"Eq. (13) does not hold for {', '.join(map(str, kind))}", "give SD-Turbo")
     return pipeline, taesd
 
 

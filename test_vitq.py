@@ -1035,8 +1035,10 @@ def test_the_names_of_class_folders():
 def test_a_generator_of_another_kind_is_refused(workplace, refused):
     shutil.copytree(HERE / "tiny" / "turbo", "turbo")
     file = Path("turbo/scheduler/scheduler_config.json")
-    file.write_text(file.read_text().replace("epsilon", "v_prediction"))
-    refused(f"{GENERATE} --generator turbo", "turbo", "Eq. (13)")
+    text = file.read_text()
+    for right, wrong in (("epsilon", "v_prediction"), ("trailing", "linspace")):
+        file.write_text(text.replace(right, wrong))
+        refused(f"{GENERATE} --generator turbo", "turbo", "Eq. (13)", wrong)
     Path("turbo/unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
     refused(f"{GENERATE} --generator turbo", "turbo", "damaged")
 
