@@ -44,8 +44,9 @@ GRID_COLUMNS, GRID_SIDE = 10, 128  # at most, pictures per row of grid.png and p
 class OneStepSampler:
     """Eq. (13): eps = unet(sigma n / sqrt(sigma^2 + 1), 999, e), z0 = sigma (n - eps), x = D(z0).
 
-    That SD-Turbo paints is [paper]. This is its own step, differentiable in the embeddings e, which
-    the pipeline's call is not. In bfloat16 on a GPU; in float16, the attention of SD 2.1 overflows.
+    That SD-Turbo paints is [paper]. The step is written out here, since the pipeline's call is not
+    differentiable in the embeddings e. It runs in bfloat16 on a GPU: in float16, the attention of
+    SD 2.1 overflows.
 
     There may be two decoders D. Pictures are painted by the generator's `vae`. Prompts are learned
     through `taesd`, its small copy: the full one takes most of a picture's arithmetic to add what a

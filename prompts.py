@@ -89,16 +89,15 @@ def mean_cosine(vectors):
 def noise_directions(phi):
     """Orthonormal directions, (N - 1, features), in which the pictures of one prompt differ.
 
-    phi (N, features), N at most the features. It is noise that moves them there: position and tilt,
-    say. Fresh noise brings that for nothing, so P of Eq. (16) takes it out. With it, pictures by
-    day and by night would be as alike as two of one prompt, and modes would differ in size but
-    hardly in colour or place.
+    phi (N, features), N at most the features. Noise alone moves the pictures there: position and
+    tilt, say. P of Eq. (16) takes these directions out. With them, modes could lower Eq. (16) by
+    what fresh noise brings anyway, and would hardly differ in colour or background.
     """
     return torch.linalg.svd(phi - phi.mean(0), full_matrices=False).Vh[:-1]
 
 
 def project(phi, directions):
-    """P phi of Eq. (16): phi (K, features) without its part in `directions`."""
+    """P phi of Eq. (16): phi (K, features) without its part in `directions`. [ours]"""
     return phi - phi @ directions.T @ directions
 
 
@@ -127,13 +126,13 @@ def look(sampler, classifier, text, v, noise, micro_batch):
     return [torch.cat(outputs) for outputs in zip(*parts)]
 
 
-def choose(losses, phi, count):
+def choose(losses, projected, count):
     """Where to start: the indices of `count` of N candidates, chosen one after the other.
 
     Each time the one with the least Eq. (14), `losses` (N,), plus START_WEIGHT times the cosine of
-    its phi (N, features) with the nearest of those chosen already.
+    its P phi (N, features) with the nearest of those chosen already.
     """
-    u, chosen = F.normalize(phi, dim=1), [losses.argmin().item()]
+    u, chosen = F.normalize(projected, dim=1), [losses.argmin().item()]
     while len(chosen) < count:
         scores = losses + START_WEIGHT * (u @ u[chosen].T).amax(1)
         scores[chosen] = math.inf
@@ -238,5 +237,5 @@ def load_prompts(path, settings):
             raise ValueError("they are no prompts")
     for key, value in settings.items():
         require(made_with.get(key) == value, path, f"was made with {key} {made_with.get(key)}, "
-                f"not {value}", f"give another --out, or remove {path.parent}")
+                f"not {value}", f"remove {path.parent}, or name another folder")
     return texts, v

@@ -40,7 +40,7 @@ FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-bac
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
 WEIGHT_WALK = 7.5e-3
-SHORT = 600  # steps; for fewer, the rate is that of so many: a higher one does more harm than good
+SHORT = 600  # steps; runs of fewer have the rate of so many: a higher one does more harm than good
 OTHER_LR = 2e-3  # of biases, LayerNorms, zero points (in levels), scales and r (as logarithms)
 WARMUP = 0.02  # of the steps: at first Adam does not know how large the gradients are
 FADE = 0.5  # of the steps: a ViT whose weights turn ternary at once starts at chance
@@ -57,7 +57,7 @@ def count_class_tokens(model):
 
 
 def feature_loss(features, quantized_features, class_tokens):
-    """Eq. (9): L_feat = 1/L sum_l mean over tokens of ||h_l - h^_l||^2 / ||h_l||^2.
+    """Eq. (9): L_feat = 1/L sum_l weighted mean over tokens of ||h_l - h^_l||^2 / ||h_l||^2.
 
     Two lists of h_l, (B, T, channels) each. Distilling intermediate features is [paper]; the
     normalization and the mean are [ours]. The normalization is per token because a few tokens of a
@@ -94,8 +94,8 @@ def trained_parameters(model):
     """Theta of Eq. (11), name -> parameter: all but class tokens, what belongs to positions, and
     the scale and zero point of the image.
 
-    Training would shrink this scale until black and white clip: with a mean of 0.5, just where
-    each pixel lies halfway between two levels.
+    Trained, this scale would shrink until black and white clip. With a mean of 0.5, each pixel then
+    lies halfway between two levels.
     """
     return {name: parameter for name, parameter in model.named_parameters()
             if not re.search(r"position|token|projection\.input_quantizer", name)}
@@ -200,7 +200,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                 index = torch.multinomial(shares, batch * processes, replacement=True)[mine]
                 u = torch.rand(5, batch * processes, device=device)[:, mine]
                 x = normalize(views(images[index], preprocessing.crop, u))
-                # on a GPU, the operands of matrix products are bfloat16: integers are exact in it
+                # on a GPU, operands are bfloat16, in which integers up to 256 are exact
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     with torch.no_grad():
                         logits = teacher(x).logits
@@ -208,8 +208,9 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                 loss = loss_function(h, h_q, logits.float(), logits_q.float(), class_tokens)
                 optimizer.zero_grad()
                 loss.backward()
-                latest.copy_(loss.detach())
-                mean_over_processes([latest, *(p.grad for p in parameters.values())])
+                loss = loss.detach()
+                mean_over_processes([loss, *(p.grad for p in parameters.values())])
+                latest.copy_(loss)
                 optimizer.step()
 
             step = RecordedStep(step, device)
@@ -238,7 +239,7 @@ def parser():
     add("--bits", required=True, help="wXaY: per weight (158: ternary, or 2..8) and per activation")
     add("--images", nargs="+", metavar="DIR", help="unlabelled images, in any tree; each folder is "
         "drawn as often as another (default: generated/<model>, painted first if missing)")
-    add("--data", metavar="DIR", help="labelled images for the last table, one folder per class")
+    add("--data", metavar="DIR", help="images for the last table: a folder per class, or no labels")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
     add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
     add("--steps", type=whole_number(1), help=f"default: {STEPS}; for tiny {TINY_STEPS}")
@@ -249,7 +250,7 @@ def parser():
 
 
 def parse():
-    """The command line, with the defaults that depend on each other."""
+    """The command line, with the defaults that depend on --model and --method."""
     args = parser().parse_args()
     vitq.parse_bits(args.bits)
     steps, batch = (TINY_STEPS, TINY_BATCH) if args.model == "tiny" else (STEPS, BATCH)

@@ -91,7 +91,8 @@ def quantize_activation(x, scale, zero_point, bits):
 
 
 def fake_quantize(x, scale, zero_point, bits):
-    """Eq. (1), activations: q = clip(round(x / s) + z, 0, 2^b - 1), x^ = s (q - z). [ours]
+    """Eq. (1), activations: q = clip(round(x / s) + z, 0, 2^b - 1), x^ = s (q - z),
+    where z = clip(round(z'), 0, 2^b - 1) is an integer at all times. [ours]
 
     "Differentiable uniform quantization" is [paper]; affine and per tensor is [ours]. With
     straight-through rounding, autograd alone yields the gradients of LSQ (Esser 2020) and LSQ+
@@ -120,12 +121,12 @@ def fake_quantize_weight(weight, scale, bits):
     return scale * quantize_weight(weight, scale, bits)
 
 
-# Eq. (6) tries these fractions of the largest magnitude. Logarithmic, because a few tokens of a ViT
-# carry massive activations: the best range may be a few percent of the maximum. The first is above
-# 1: the pixels of an image are levels themselves, 255 steps from black to white, and with a mean of
-# 0.5, steps as wide as theirs would put each of them halfway between two levels.
+# Eq. (6) tries these fractions of the full range. Logarithmic, because a few tokens of a ViT carry
+# massive activations: the best range may be a few percent of the full one. The first exceeds 1, for
+# images: with a mean of 0.5, a range that ends at black and white would put each pixel halfway
+# between two levels.
 CLIPPING_GRID = torch.logspace(0.01, -2, 40)
-SAMPLE = 2 ** 15  # values of a tensor that Eq. (6) looks at: enough for an error that is a mean
+SAMPLE = 2 ** 15  # values of a tensor that Eq. (6) looks at
 MASSIVE = 3  # times the median squared norm: larger tokens are massive, in Eq. (6)
 
 
@@ -198,8 +199,8 @@ class ActivationQuantizer(nn.Module):
         scale = self.log_scale.exp()
         if not self.enabled:
             return x / scale, scale
-        # One scale per row, all of them the same: in the backward pass, the fused kernel of a row
-        # then sums its part of the gradient, instead of writing all of it out to be summed later.
+        # One copy per row, so that the fused kernel of the backward pass sums the gradient within
+        # the row, instead of writing all of it out to be summed later.
         s, z = [number.expand(*x.shape[:-1], 1) for number in (scale, self.zero_point)]
         return quantize_activation(x, s, z, self.bits), scale
 
@@ -243,7 +244,8 @@ class QuantWeight:
 
 
 class QuantLinear(QuantWeight, nn.Linear):
-    """y = s_x s_w ((q_x - z) q_w^T) + b: an integer product, then one factor per output channel.
+    """y = s_x s_w (q_x q_w^T) + b, an integer product, then one factor per output channel; q_x is
+    q - z of Eq. (1).
 
     x (..., in) -> y (..., out). An nn.Linear still, as transformers reads its `weight`.
     """
@@ -314,8 +316,8 @@ def quantized_attention(module, query, key, value, attention_mask, scaling, **kw
     a = s_q * (s_k * scaling) * (q_q @ q_k.transpose(-1, -2)).float()  # (B, heads, T, T)
     if attention_mask is not None:
         a = a + attention_mask
-    # The maximum is not detached. The largest e of a row is 1 whatever its score, so this score
-    # gets its gradient through the other e of the row, which all contain it.
+    # The maximum is not detached: the largest e of a row is always 1, so its score has a gradient
+    # through the other e alone.
     e = (a - a.amax(-1, keepdim=True)).exp()
     (q_e, s_e), (q_v, s_v) = module.exp_quantizer(e), module.value_quantizer(value)
     o = s_e * s_v * (q_e @ q_v).float() / e.sum(-1, keepdim=True)  # (B, heads, T, d)
@@ -412,11 +414,12 @@ def first_rescaling(x, weights):
     """Eq. (7): r_c = sqrt(spread of channel c / rms of W's column c), geometric mean 1. [ours]
 
     x: a LayerNorm's output, (images, positions, channels); weights: of the layers that read it,
-    (out, channels) each. Returns log r. x_c / r_c and r_c W_oc are then as large: neither side
-    carries the whole difference between the channels.
+    (out, channels) each. Returns log r. Spread: the rms over images, at the position where it is
+    largest. x_c / r_c and r_c W_oc are then equally large: neither side carries the whole
+    difference between the channels.
     """
-    # Of all positions, the one where a channel is largest: the class token, one of 197, is large in
-    # other channels than the patches, and a mean over positions would not see it.
+    # The class token, one of 197, is large in other channels than the patches: a mean over
+    # positions would miss it.
     spread = x.square().mean(0).sqrt().amax(0)
     rms = torch.cat(weights).square().mean(0).sqrt()
     log_r = 0.5 * (spread.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
