@@ -49,7 +49,7 @@ CHUNK = 256  # pictures that are decoded together
 
 transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="PIL|torch|diffusers")  # what matters is refused
-logging.disable(logging.WARNING)  # what the libraries warn of is raised here
+logging.disable(logging.ERROR)  # what the libraries warn of, or report, is raised here
 
 
 # -------------------- Preprocessing: always the checkpoint's own
@@ -224,7 +224,8 @@ def load_classifier(model, device="cpu"):
         require(side == preprocessing.crop, what, f"image_size is {side}, the processor's pictures "
                 f"have {preprocessing.crop} pixels", "make them equal")
         network.requires_grad_(False)
-        network(torch.zeros(1, 3, side, side))  # whatever else does not fit together is seen now
+        # whatever else does not fit together is seen now
+        network(preprocessing.of_pictures(torch.zeros(1, 3, side, side)))
     return Classifier(network.to(device), preprocessing)
 
 
@@ -376,9 +377,10 @@ def rgb(path):
         # resizing would make a strip enormous; I and F do not say which number is white
         if max(image.size) > 100 * min(image.size) or image.mode in ("I", "F"):
             raise ValueError(f"{image.size[0]} x {image.size[1]} pixels of mode {image.mode}")
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return image.convert("RGB")
 
 
 def decode(paths, transform, description):
@@ -390,7 +392,7 @@ def decode(paths, transform, description):
         try:
             return transform(rgb(path))
         except Exception as error:  # Pillow's decoders raise nearly every kind there is
-            broken.append(f"{path} ({type(error).__name__})")
+            broken.append(f"{str(path)!r} ({type(error).__name__})")
 
     broken = []
     # threads suffice: Pillow decodes and resizes outside the interpreter's lock
@@ -515,6 +517,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, device=True):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        empty = any(re.fullmatch("(--[a-z-]+=)?", argument) for argument in sys.argv[1:])
+        require(not empty, "command line", "an argument is empty", "give it a value")
         if device:
             self.add_argument("--device", help="cuda:1, cpu, ... (default: a GPU, if there is one)")
 

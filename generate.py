@@ -23,6 +23,7 @@ import torch
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import make_grid
 from tqdm import tqdm
+from transformers import CLIPTextModel
 
 import prompts
 from eval import (MODEL_HELP, Parser, decode, find_class, list_images, load_classifier,
@@ -80,24 +81,40 @@ class OneStepSampler:
         return decoder.decode((z0 / decoder.config.scaling_factor).to(dtype)).sample.float()
 
 
+def load_part(kind, source, **options):
+    """A network of a generator. Raises ValueError if weights are missing: the libraries would draw
+    them at random."""
+    part, loading = kind.from_pretrained(
+        source, use_safetensors=True, output_loading_info=True, **options)
+    if loading["missing_keys"]:
+        raise ValueError(f"without {min(loading['missing_keys'])}")
+    return part
+
+
 def load_generator(generator, dtype):
     """A text-to-image pipeline in diffusers' format, from a hub id or a folder; a small decoder.
 
     That is the folder's taesd/, or TAESD for SD-Turbo from the hub; without one, the full decoder.
     """
     # imported here, since quantizing with images at hand needs none of it
-    from diffusers import AutoencoderTiny, StableDiffusionPipeline, utils
-    utils.logging.disable_progress_bar()
+    import diffusers
+    diffusers.utils.logging.disable_progress_bar()
     folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
     source, small = (folder, folder / "taesd") if folder.is_dir() else (generator, Path(TAESD))
     files = [str(path) for path in folder.glob("unet/*.safetensors")] or [generator]
     variant = "fp16" if all(".fp16." in file or file == SD_TURBO for file in files) else None
     with reading(f"generator {generator}", "give SD-Turbo, a folder of diffusers, or --model tiny"):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, safety_checker=None, variant=variant)
-        taesd = AutoencoderTiny.from_pretrained(small, dtype=dtype, use_safetensors=True) \
+        kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+                 "text_encoder": CLIPTextModel}
+        parts = {name: load_part(kind, source, subfolder=name, dtype=dtype, variant=variant)
+                 for name, kind in kinds.items()}
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+            source, safety_checker=None, **parts)
+        taesd = load_part(diffusers.AutoencoderTiny, small, dtype=dtype) \
             if source == SD_TURBO or small.is_dir() else pipeline.vae
+        if len(pipeline.tokenizer) != pipeline.text_encoder.config.vocab_size:
+            raise ValueError("the tokenizer is another than the text encoder's")
     scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
     kind = scheduler, config.get("prediction_type"), config.get("timestep_spacing")
     require(kind == ("EulerDiscreteScheduler", "epsilon", "trailing"), f"generator {generator}",
@@ -130,9 +147,10 @@ def is_done(folder, settings, per_mode):
 
     Raises BadInput if the class was made with other settings.
     """
-    if (folder / PROMPTS_FILE).exists():
-        prompts.load_prompts(folder / PROMPTS_FILE, settings)
-    paths = [folder / "grid.png", *picture_paths(folder, settings["modes"], per_mode)]
+    learned, grid = folder / PROMPTS_FILE, folder / "grid.png"
+    if learned.exists():
+        prompts.load_prompts(learned, settings)
+    paths = [learned, grid, *picture_paths(folder, settings["modes"], per_mode)]
     return all(path.is_file() and path.stat().st_size for path in paths)
 
 

@@ -285,16 +285,17 @@ def read_images(folders, preprocessing, device):
     return torch.cat(images).to(device), torch.cat(shares).to(device)
 
 
-def save_anywhere(student, out, about):
+def save_anywhere(student, out, identity, about):
     """Save to `out`; if that fails, aside, since the training took long. Returns the bytes."""
     try:
-        return vitq.save_quantized(student, out, about)
-    except OSError as error:
+        vitq.check_output(out, identity)  # again: others may have written there since
+        return vitq.save_quantized(student, out, {**identity, **about})
+    except (OSError, BadInput) as error:
         with suppress(OSError):
             out.rmdir()
         aside = Path(tempfile.mkdtemp(prefix="vitq-")) / out.name
-        vitq.save_quantized(student, aside, about)
-        raise BadInput(f"{out}: {error.strerror}; what was trained is in {aside}") from error
+        vitq.save_quantized(student, aside, {**identity, **about})
+        raise BadInput(f"{error}; what was trained is in {aside}") from error
 
 
 def main():
@@ -324,8 +325,8 @@ def main():
     if rank > 0:
         return  # all of them hold the same student
     seconds = time.perf_counter() - begin
-    about = {**identity, "source": source_of(args.model), "preprocessing": vars(preprocessing)}
-    size = save_anywhere(vitq.fold(student), args.out, about) / 1e6
+    about = {"source": source_of(args.model), "preprocessing": vars(preprocessing)}
+    size = save_anywhere(vitq.fold(student), args.out, identity, about) / 1e6
     full_size = teacher.num_parameters() * 4 / 1e6
     print(f"{args.out}: {full_size:.2f} MB in float32, {size:.2f} MB packed; {len(images)} images, "
           f"{args.steps} steps of {args.batch * processes}, seed {args.seed}, {seconds:.0f} s")

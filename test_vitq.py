@@ -56,7 +56,8 @@ SMALL = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, interme
 SWIN = dict(embed_dim=16, depths=[1, 2], num_heads=[1, 2], window_size=7, num_labels=10)
 LARGE = SMALL | dict(image_size=384, patch_size=32, num_hidden_layers=2)
 ViT, DeiT, Distilled, Swin = vitq.FAMILIES.values()  # transformers' classes
-FAMILIES = {"vit": (ViT, SMALL), "deit": (DeiT, SMALL), "distilled deit": (Distilled, SMALL),
+FAMILIES = {"vit": (ViT, SMALL | dict(patch_size=[8, 8])), "deit": (DeiT, SMALL),
+            "distilled deit": (Distilled, SMALL),
             "swin": (Swin, SWIN | dict(image_size=56)),
             # 16 patches a side, which windows of 7 cover only with padding
             "padded swin": (Swin, SWIN | dict(image_size=64))}
@@ -530,6 +531,7 @@ def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
         ({"shortest_edge": 32, "longest_edge": 40}, "longest_edge 40"),
         ({"height": 48, "width": 48}, "image_size is 32, the processor's pictures have 48"),
         ({"height": 32, "width": 24}, "32 x 24"), ({"shortest_edge": 32}, "None x None"))),
+    ("hub", "processor", dict(CROP, size={"shortest_edge": 36.5}), "damaged"),
     ("hub", "processor", {"image_processor_type": "ConvNextImageProcessor"}, "ConvNext"),
     ("hub", "processor", {"image_processor_type": "Own", "auto_map": {
         "AutoImageProcessor": "own.Own"}}, "custom code"),
@@ -977,12 +979,14 @@ def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, mo
     monkeypatch.setattr(generate, "OneStepSampler", None)  # nothing is missing: nothing is loaded
     command(GENERATE)
     for other in ("--modes 4", "--seed 1", "--prompts text --out generated/tiny"):
-        refused(f"{GENERATE} {other}", "prompts.safetensors", other.split()[1], "--out")
+        refused(f"{GENERATE} {other}", "prompts.safetensors", other.split()[1], "another folder")
     refused(f"{GENERATE} --model vit_t --out generated/tiny", "weights")
     monkeypatch.setattr(prompts, "LEARNING_RATE", 1.0)
     refused(GENERATE, "learning_rate 0.05, not 1.0")
     (folder / "prompts.safetensors").write_bytes(b"")
     refused(GENERATE, "prompts.safetensors", "damaged")
+    (folder / "prompts.safetensors").unlink()  # nothing says what the pictures were made with
+    assert not generate.is_done(folder, {"modes": 3}, 2)
 
 
 def metrics(folder):
@@ -1032,15 +1036,27 @@ def test_the_names_of_class_folders():
         "out/0000_AC_DC", "out/0001_", "out/0002_great_white_shark"]
 
 
-def test_a_generator_of_another_kind_is_refused(workplace, refused):
+def test_a_generator_of_another_kind_or_with_gaps_is_refused(workplace, refused):
+    """A weight that is missing would be drawn at random, and a tokenizer would know no words."""
     shutil.copytree(HERE / "tiny" / "turbo", "turbo")
     file = Path("turbo/scheduler/scheduler_config.json")
     text = file.read_text()
     for right, wrong in (("epsilon", "v_prediction"), ("trailing", "linspace")):
         file.write_text(text.replace(right, wrong))
         refused(f"{GENERATE} --generator turbo", "turbo", "Eq. (13)", wrong)
-    Path("turbo/unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
-    refused(f"{GENERATE} --generator turbo", "turbo", "damaged")
+    file.write_text(text)
+    for file in sorted(Path("turbo").glob("*/*.safetensors")):
+        content, tensors = file.read_bytes(), load_file(file)
+        tensors.pop(missing := max(tensors))
+        save_file(tensors, file, {"format": "pt"})
+        refused(f"{GENERATE} --generator turbo", "turbo", missing)
+        file.unlink()
+        refused(f"{GENERATE} --generator turbo", "turbo", file.name)
+        file.write_bytes(b"cut short")
+        refused(f"{GENERATE} --generator turbo", "turbo", "damaged")
+        file.write_bytes(content)
+    shutil.rmtree("turbo/tokenizer")
+    refused(f"{GENERATE} --generator turbo", "turbo", "tokenizer")
 
 
 def test_hub_ids_load_from_the_cache_without_network(workplace, command, monkeypatch):
@@ -1328,16 +1344,18 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     for name, content in (("8.png", ramp), ("16.png", ramp * np.uint16(257)),
                           ("16.tif", ramp * np.uint16(257)), ("float.tif", ramp / np.float32(255)),
                           ("integers.tif", ramp * np.int32(9)), ("thin.png", ramp[:1].repeat(2, 1)),
-                          ("turned.png", np.rot90(ramp))):
+                          ("turned.png", np.rot90(ramp)),
+                          ("turned 16.png", np.rot90(ramp) * np.uint16(257))):
         Image.fromarray(content).save(f"kinds/{name}", **{"exif": turned} if "tu" in name else {})
     Path("kinds/dead.png").symlink_to("nowhere")
-    got = [evaluation.rgb(f"kinds/{name}") for name in ("16.png", "16.tif", "turned.png", "8.png")]
+    got = [evaluation.rgb(f"kinds/{name}") for name in (
+        "16.png", "16.tif", "turned.png", "turned 16.png", "8.png")]
     assert all(np.array_equal(image, np.dstack([ramp] * 3)) for image in got)
-    for line, count in (("eval.py --model vit_t --data kinds", "on 4 images"),
+    for line, count in (("eval.py --model vit_t --data kinds", "on 5 images"),
                         ("quantize.py --model vit_t --images kinds --bits w4a4 --method rtn",
-                         "; 4 images")):
+                         "; 5 images")):
         out, err = command(line)
-        skipped = re.findall(r"kinds/(\S+)", re.search(r"^skipped 4 of 8 .*", err, re.M)[0])
+        skipped = re.findall(r"kinds/(\S+)'", re.search(r"^skipped 4 of 9 .*", err, re.M)[0])
         assert sorted(skipped) == ["dead.png", "float.tif", "integers.tif", "thin.png"]
         assert count in out
 
@@ -1362,6 +1380,7 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
     (f"{QUANTIZE} --bits w4a4 --out photos/0.jpg/q", ["photos/0.jpg", "--out"]),
     (f"{QUANTIZE} --bits w4a4 --data nowhere", ["nowhere", "no folder with images"]),
+    (f"{QUANTIZE} --bits w4a4 --data=", ["argument is empty"]),
     (f"{QUANTIZE} nowhere --bits w4a4", ["nowhere", "no folder with images"]),
     (f"{QUANTIZE} broken --bits w4a4", ["none of 1", "0.jpg"]),
     (f"{QUANTIZE} --bits w4a4 --data wrong", ["'kitten'", "kite"]),
@@ -1369,7 +1388,7 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     ("generate.py --model tiny --class 12", ["'12'", "below 12"]),
     ("generate.py --model vit_t --class crane", ["'crane'", "1 or 8"]),
     (f"{GENERATE} --modes 0", ["--modes"]),
-    (f"{GENERATE} --generator photos", ["photos", "model_index.json"]),
+    (f"{GENERATE} --generator photos", ["photos", "config.json"]),
     (f"{GENERATE} --generator nobody/turbo", ["nobody/turbo", "--model tiny"]),
     (f"{GENERATE} --out photos/0.jpg/x", ["photos/0.jpg"]),
     ("eval.py --model quantized/vit_t-w4a4 --data imagenet/val", ["quantized/vit_t-w4a4"]),
@@ -1422,7 +1441,7 @@ def test_a_full_disk_loses_nothing(workplace, command, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     for out in ("old", "new"):
         err = command(f"{line} {out}", status=2).err
-        assert err.count("\n") == 1 and f"{out}: No space left on device" in err
+        assert err.count("\n") == 1 and "No space left on device" in err and str(out) in err
         aside = re.search("trained is in (.*)", err)[1]
         assert vitq.load_quantized(aside)[1]["bits"] == "w4a4"
         shutil.rmtree(Path(aside).parent)
@@ -1441,11 +1460,22 @@ def test_a_broken_compiler_is_said_once(monkeypatch, capsys):
 
 
 def test_the_training_is_kept_when_the_evaluation_fails(workplace, command):
-    line = f"{QUANTIZE} --bits w4a4 --steps 2 --batch 2 --data broken --out q"
+    """And the metrics of the older result, which it replaced, are gone."""
+    line = f"{QUANTIZE} --bits w4a4 --steps 2 --batch 2 --out q"
     Path("broken/0").mkdir()
     Path("broken/0.jpg").rename("broken/0/0.jpg")
-    assert "none of 1 images" in command(line, status=2).err
-    assert vitq.load_quantized("q")[1]["bits"] == "w4a4"
+    command(line)
+    assert "none of 1 images" in command(f"{line} --data broken", status=2).err
+    assert vitq.load_quantized("q")[1]["bits"] == "w4a4" and not Path("q/metrics.json").exists()
+
+
+def test_a_result_that_others_wrote_meanwhile_stays(workplace, command, monkeypatch):
+    command(f"{QUANTIZE} --bits w3a3 --method rtn --out other")
+    monkeypatch.setattr(quantize, "train", lambda *args: shutil.copytree("other", "q") and [])
+    aside = re.search("not w4a4; .*trained is in (.*)", command(
+        f"{QUANTIZE} --bits w4a4 --method rtn --out q", status=2).err)[1]
+    assert [vitq.read_config(folder)["bits"] for folder in ("q", aside)] == ["w3a3", "w4a4"]
+    shutil.rmtree(Path(aside).parent)
 
 
 def test_a_non_finite_loss_stops_the_run(workplace, refused):

@@ -560,8 +560,9 @@ def save_quantized(model, folder, about):
     config = json.dumps(config, indent=1)
     data = save(tensors, {"config": config})  # one file, so that weights and bits cannot part
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.onnx").unlink(missing_ok=True)  # of export.py, from the older result
     write_whole(folder / "model.safetensors", data)
+    for older in ("model.onnx", "metrics.json"):  # of the result that was here before
+        (folder / older).unlink(missing_ok=True)
     write_whole(folder / "config.json", config.encode())
     return len(data)
 
