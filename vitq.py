@@ -433,8 +433,10 @@ def initialize(model, pixels):
     """
     enable(model, False)
     layers = [layer for _, layer in modules_of(model, QuantLinear)]
-    linear_inputs = {layer.input_quantizer for layer in layers}
-    done = set()  # q, k and v call the quantizer that they share three times
+    # The weights w of Eq. (6), of each quantizer that waits for its scale. Images and attention's
+    # operands have no tokens in its sense: w = 1.
+    waiting = {module: torch.ones_like for _, module in modules_of(model, ActivationQuantizer)}
+    waiting |= {layer.input_quantizer: massive_token_weights for layer in layers}
 
     def set_r(norm, inputs, x):
         readers = [layer.weight for layer in layers if layer.log_r is norm.log_r]
@@ -442,17 +444,14 @@ def initialize(model, pixels):
         return x * (-norm.log_r).exp()
 
     def set_scale(quantizer, inputs):
-        if quantizer not in done:
-            x, = inputs
-            # Images and attention's operands have no tokens in the sense of Eq. (6): w = 1.
-            w = massive_token_weights(x) if quantizer in linear_inputs else torch.ones_like(x)
-            quantizer.initialize(x, w)
-            done.add(quantizer)
+        if quantizer in waiting:  # q, k and v call the one that they share three times
+            weights = waiting.pop(quantizer)
+            quantizer.initialize(*inputs, weights(*inputs))
 
     with ExitStack() as hooks:
         for _, norm in modules_of(model, RescaledLayerNorm):
             hooks.enter_context(norm.register_forward_hook(set_r))
-        for _, quantizer in modules_of(model, ActivationQuantizer):
+        for quantizer in waiting:
             hooks.enter_context(quantizer.register_forward_pre_hook(set_scale))
         model(pixels)
     for _, layer in modules_of(model, QuantWeight):
