@@ -215,12 +215,14 @@ class QuantWeight:
     """
     fade = None  # a tensor from 0 to 1 while ternary weights fade in, see quantize.py
 
-    def fit(self, layer, weight_bits, input_quantizer, log_r=None):
-        """Take over the weights of the floating-point `layer`.
+    def __init__(self, layer, weight_bits, input_quantizer, log_r=None):
+        """Take over the sizes and the weights of the floating-point `layer`.
 
         Layers that read the same tensor share its quantizer, and the log_r of the RescaledLayerNorm
         that it comes from, if it does.
         """
+        sizes = [getattr(layer, name) for name in self.sizes]
+        super().__init__(*sizes, bias=layer.bias is not None)
         self.load_state_dict(layer.state_dict())
         self.weight_bits, self.input_quantizer, self.enabled = weight_bits, input_quantizer, True
         self.weight_log_scale = nn.Parameter(torch.zeros(len(self.weight)))
@@ -249,10 +251,7 @@ class QuantLinear(QuantWeight, nn.Linear):
 
     x (..., in) -> y (..., out). An nn.Linear still, as transformers reads its `weight`.
     """
-
-    def __init__(self, linear, *args):
-        nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None)
-        self.fit(linear, *args)
+    sizes = "in_features", "out_features"
 
     def forward(self, x):
         (q_x, s_x), (q_w, s_w) = self.input_quantizer(x), self.quantized_weight()
@@ -266,10 +265,7 @@ class QuantConv2d(QuantWeight, nn.Conv2d):
 
     Without padding, and with a bias, as all three families have it.
     """
-
-    def __init__(self, conv, *args):
-        nn.Conv2d.__init__(self, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-        self.fit(conv, *args)
+    sizes = "in_channels", "out_channels", "kernel_size", "stride"
 
     def forward(self, x):
         (q_x, s_x), (q_w, s_w) = self.input_quantizer(x), self.quantized_weight()
