@@ -456,7 +456,6 @@ def initialize(model, pixels):
     return model
 
 
-@torch.no_grad()
 def fold(model):
     """Eq. (4): move r into the LayerNorms and the weights for good, so that it costs nothing."""
     for _, layer in modules_of(model, QuantWeight):
