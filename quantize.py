@@ -108,12 +108,10 @@ def stages(model, method, steps):
     "joint" is one stage: all, by Eq. (11). "block", as in BRECQ (Li 2021), is a stage per block:
     its parameters, by its term of Eq. (9), while the blocks before it, already quantized, stay as
     they are. What stands before a block (the patch embedding, Swin's patch merging) is trained with
-    it; after the last block nothing is. "rtn", round to nearest, trains nothing.
+    it; after the last block nothing is. "rtn", round to nearest, is "joint" in no steps at all.
     """
     parameters = trained_parameters(model)
-    if method == "rtn":
-        return []
-    if method == "joint":
+    if method != "block":
         return [(parameters, joint_loss, steps)]
     block_of = {id(parameter): l for l, block in enumerate(vitq.blocks(model))
                 for parameter in block.parameters()}

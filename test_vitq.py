@@ -650,6 +650,7 @@ def trained(family="vit", bits="w3a3", method="joint", steps=12, batch=16, image
     torch.manual_seed(0)
     student = vitq.quantize_modules(copy.deepcopy(teacher), bits)
     vitq.initialize(student, preprocessing.normalizer(CPU)(pictures(32, side)))
+    steps = 0 if method == "rtn" else steps  # as on the command line
     return teacher, student, train_on(pictures(images, side + 8), student, teacher, preprocessing,
                                       steps, batch, method)
 
