@@ -121,8 +121,7 @@ def stages(model, method, steps):
         if l is not None:
             groups[l][name] = parameter
     def loss_of(l):
-        return lambda h, h_q, z, z_q, class_tokens: feature_loss(
-            h[l:l + 1], h_q[l:l + 1], class_tokens)
+        return lambda h, h_q, z, z_q, class_tokens: feature_loss([h[l]], [h_q[l]], class_tokens)
 
     return [(group, loss_of(l), steps * (l + 1) // len(groups) - steps * l // len(groups))
             for l, group in enumerate(groups)]
