@@ -215,9 +215,8 @@ def load_classifier(model, device="cpu"):
         network, loading = family.from_pretrained(
             None, config=config, state_dict=tensors, key_mapping=renaming, output_loading_info=True,
             ignore_mismatched_sizes=True, dtype=torch.float32, attn_implementation="sdpa")
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            wrong = ", ".join(sorted(map(str, loading[kind]))[:3])
-            require(not wrong, what, f"{kind}: {wrong}", "give another checkpoint")
+        wrong = ", ".join(f"{kind}: {min(keys)}" for kind, keys in loading.items() if keys)
+        require(not wrong, what, wrong, "give another checkpoint")
         names, side = config.id2label, config.image_size
         require(all(isinstance(names.get(i), str) and names[i] for i in range(len(names))), what,
                 f"id2label names the classes {str(names)[:60]}", "give 0, 1, .. a name each")
