@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -563,11 +563,10 @@ def save_quantized(model, folder, about):
 
 def read_config(folder):
     """The configuration of a model of `save_quantized`, of any version; None for anything else."""
-    try:
+    config = None
+    with suppress(OSError, SafetensorError, ValueError):
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "null"))
-    except (OSError, SafetensorError, ValueError):
-        return None
     return config if isinstance(config, dict) and config.get("format") == "vitq" else None
 
 
