@@ -197,11 +197,10 @@ def load_classifier(model, device="cpu"):
     folder, what = model_folder(model), f"model {model}"
     with reading(what, "give the whole folder of a checkpoint, with its safetensors"):
         config = json.loads((folder / "config.json").read_text())
-        tensors, files = {}, {"model.safetensors"}
-        if not (folder / "model.safetensors").is_file():  # several files, if it is any
-            index = json.loads((folder / "model.safetensors.index.json").read_text())
-            files = set(index["weight_map"].values())
-        for file in sorted(files):
+        whole, tensors = folder / "model.safetensors", {}
+        index = {"weight_map": {"all": whole.name}} if whole.is_file() else json.loads(
+            (folder / "model.safetensors.index.json").read_text())  # several files, if it is any
+        for file in sorted(set(index["weight_map"].values())):
             tensors.update(load_file(folder / file))
         for name, tensor in tensors.items():
             require(tensor.isfinite().all(), what, f"{name} is not finite", "train it again")
