@@ -228,10 +228,9 @@ def save_prompts(path, texts, pseudo_tokens, settings):
 
 def load_prompts(path, settings):
     """Texts and pseudo-tokens (K, m, d) of `save_prompts`. Raises BadInput if made otherwise."""
-    with reading(path, f"remove {path.parent} to have it made again"):
-        with safe_open(path, "pt") as file:
-            v, texts = file.get_tensor("pseudo_tokens"), json.loads(file.metadata()["texts"])
-            made_with = json.loads(bytes(file.get_tensor("settings").tolist()))
+    with reading(path, f"remove {path.parent} to make it again"), safe_open(path, "pt") as file:
+        v, texts = file.get_tensor("pseudo_tokens"), json.loads(file.metadata()["texts"])
+        made_with = json.loads(bytes(file.get_tensor("settings").tolist()))
         if texts != [*map(str, texts)] or not len(texts) == len(v) == made_with["modes"] \
                 or v.dim() != 3 or not v.isfinite().all():
             raise ValueError("they are no prompts")
