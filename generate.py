@@ -206,14 +206,13 @@ def fill(out, classifier, labels, device, per_mode, settings):
     rank, processes = rank_and_processes()
     folders = {label: class_folder(out, label, classifier.class_names)
                for label in labels[rank::processes]}
-    missing = {label: folder for label, folder in folders.items()
-               if not is_done(folder, settings, per_mode)}
-    sampler = OneStepSampler(settings["generator"], device) if missing else None
+    done = [is_done(folder, settings, per_mode) for folder in folders.values()]
+    sampler = None if all(done) else OneStepSampler(settings["generator"], device)
     # on a GPU, only kernels that add in the same order each time: a seed gives the same pictures
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every tensor
     micro_batch = settings["modes"]
-    with tqdm(missing.items(), unit="class", disable=True if rank else None) as bar:
+    with tqdm(folders.items(), unit="class", disable=True if rank else None) as bar:
         for label, folder in bar:
             folder.mkdir(parents=True, exist_ok=True)
             while not is_done(folder, settings, per_mode):
