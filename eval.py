@@ -134,8 +134,7 @@ def transformers_preprocessing(what, processor):
     """From a transformers image processor."""
     name, size = type(processor).__name__, processor.size
     require(re.fullmatch("(ViT|DeiT|CLIP)ImageProcessor(Fast|Pil)?", name), what, name)
-    for field in ("do_resize", "do_rescale"):
-        require(getattr(processor, field), what, f"{field} false")
+    require(processor.do_resize and processor.do_rescale, what, "do_resize or do_rescale false")
     require(processor.resample in range(4), what, f"resample {processor.resample}")
     require(not size.longest_edge, what, f"size with longest_edge {size.longest_edge}")
     crop = processor.crop_size if processor.do_center_crop else size

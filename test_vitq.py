@@ -525,7 +525,7 @@ def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
     ("timm", "processor", {"label_names": ["bird"] * 9}, "9 label_names for 10"),
     *(("timm", "processor", {name: ...}, f"no {name} in pretrained_cfg") for name in (
         "input_size", "crop_pct", "interpolation", "mean", "std")),
-    *(("hub", "processor", {name: False}, f"{name} false") for name in ("do_resize", "do_rescale")),
+    *(("hub", "processor", {name: False}, name) for name in ("do_resize", "do_rescale")),
     *(("hub", "processor", {"resample": kind}, f"resample {kind}") for kind in (None, 4, 5)),
     *(("hub", "processor", {"size": size}, fragment) for size, fragment in (
         ({"shortest_edge": 32, "longest_edge": 40}, "longest_edge 40"),
