@@ -199,9 +199,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                 x = normalize(views(images[index], preprocessing.crop, u))
                 # on a GPU, operands are bfloat16, in which integers up to 256 are exact
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    with torch.no_grad():
-                        logits = teacher(x).logits
-                    logits_q = student(x).logits
+                    logits, logits_q = teacher(x).logits, student(x).logits
                 loss = loss_function(h, h_q, logits.float(), logits_q.float(), class_tokens)
                 optimizer.zero_grad()
                 loss.backward()
