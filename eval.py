@@ -216,8 +216,8 @@ def load_classifier(model, device="cpu"):
         wrong = ", ".join(f"{kind}: {min(keys)}" for kind, keys in loading.items() if keys)
         require(not wrong, what, wrong, "give another checkpoint")
         names, side = config.id2label, config.image_size
-        require(all(isinstance(names.get(i), str) and names[i] for i in range(len(names))), what,
-                f"id2label names the classes {str(names)[:60]}", "give 0, 1, .. a name each")
+        require(all(isinstance(names.get(i), str) and names[i] for i in range(len(names) or 1)),
+                what, f"id2label names the classes {str(names)[:60]}", "give 0, 1, .. a name each")
         require(side == preprocessing.crop, what, f"image_size is {side}, the processor's pictures "
                 f"have {preprocessing.crop} pixels", "make them equal")
         network.requires_grad_(False)

@@ -554,6 +554,14 @@ def test_what_is_not_followed_is_refused_by_name(kind, part, changes, fragment, 
     assert fragment in str(refusal.value).splitlines()[0]
 
 
+def test_a_network_without_a_head_is_refused(template, tmp_path):
+    shutil.copytree(template / "hub", tmp_path, dirs_exist_ok=True)
+    head = dict.fromkeys(["classifier.weight", "classifier.bias"], ...)
+    rewrite(tmp_path, config={"id2label": {}, "label2id": {}}, tensors=head)
+    with pytest.raises(vitq.BadInput, match="id2label"):
+        evaluation.load_classifier(str(tmp_path))
+
+
 @pytest.mark.parametrize("resize", [40, [36, 44]])
 def test_pictures_are_resized_as_photographs_are(resize):
     """As two matrix products, whose gradient is the same each time; against torchvision."""
