@@ -222,7 +222,7 @@ class QuantWeight:
         that it comes from, if it does.
         """
         sizes = [getattr(layer, name) for name in self.sizes]
-        super().__init__(*sizes, bias=layer.bias is not None)
+        super().__init__(*sizes, bias=layer.bias is not None)  # nn.Linear's or nn.Conv2d's
         self.load_state_dict(layer.state_dict())
         self.weight_bits, self.input_quantizer, self.enabled = weight_bits, input_quantizer, True
         self.weight_log_scale = nn.Parameter(torch.zeros(len(self.weight)))
@@ -251,7 +251,7 @@ class QuantLinear(QuantWeight, nn.Linear):
 
     x (..., in) -> y (..., out). An nn.Linear still, as transformers reads its `weight`.
     """
-    sizes = "in_features", "out_features"
+    sizes = "in_features", "out_features"  # what nn.Linear is made from
 
     def forward(self, x):
         (q_x, s_x), (q_w, s_w) = self.input_quantizer(x), self.quantized_weight()
@@ -265,7 +265,7 @@ class QuantConv2d(QuantWeight, nn.Conv2d):
 
     Without padding, and with a bias, as all three families have it.
     """
-    sizes = "in_channels", "out_channels", "kernel_size", "stride"
+    sizes = "in_channels", "out_channels", "kernel_size", "stride"  # what nn.Conv2d is made from
 
     def forward(self, x):
         (q_x, s_x), (q_w, s_w) = self.input_quantizer(x), self.quantized_weight()
