@@ -266,6 +266,11 @@ def settings_of(model, classifier, generator=None, kind="learned", modes=MODES, 
                 modes=modes, seed=seed, **(prompts.constants() if kind == "learned" else {}))
 
 
+def default_folder(model, kind="learned"):
+    suffix = "" if kind == "learned" else f"-{kind}"
+    return Path("generated") / f"{Path(model).resolve().name}{suffix}"
+
+
 def main():
     args = parser().parse_args()
     device, begin = start(args.device), time.perf_counter()
@@ -274,8 +279,7 @@ def main():
     labels = range(len(names)) if args.label == "all" else [find_class(args.label, names)]
     settings = settings_of(args.model, classifier, args.generator, args.prompts, args.modes,
                            args.seed)
-    suffix = "" if args.prompts == "learned" else f"-{args.prompts}"
-    out = Path(args.out or f"generated/{Path(args.model).resolve().name}{suffix}")
+    out = Path(args.out or default_folder(args.model, args.prompts))
     fill(out, classifier, labels, device, args.per_mode, settings)
     if rank_and_processes()[0] == 0:
         print(f"{summary(out, classifier, labels, device)}, {time.perf_counter() - begin:.0f} s")

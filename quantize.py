@@ -260,10 +260,10 @@ def parse():
 def paint_missing(model, classifier, device):
     """The folder generated/<model>, with learned prompts, after painting what it lacks."""
     settings, classes = generate.settings_of(model, classifier), len(classifier.class_names)
-    folder = f"generated/{Path(model).resolve().name}"
+    folder = generate.default_folder(model)
     per_mode = math.ceil(PICTURES / (classes * settings["modes"]))
     generate.fill(folder, classifier, range(classes), device, per_mode, settings)
-    return folder
+    return str(folder)
 
 
 def read_images(folders, preprocessing, device):
