@@ -180,8 +180,8 @@ def main():
     model, config = vitq.load_quantized(args.model)
     paths, side = list_images(args.data) if args.data else [], model.config.image_size
     patch = model.config.patch_size  # a number, or one for the height and one for the width
-    require(np.ptp(patch) == 0 == side % np.max(patch), args.model, f"patch_size {patch} does not "
-            f"cut image_size {side} into squares", "export a model that has no pixels left over")
+    require(np.ptp(patch) == 0 and side % np.max(patch) == 0, args.model, f"patch_size {patch} "
+            f"does not cut image_size {side} into squares", "export one without pixels left over")
     # Random weights are as fast as trained ones; "sdpa" would become ONNX's slower Attention.
     original = type(model)(AutoConfig.for_model(**config["network"], attn_implementation="eager"))
     integers = store_packed(to_onnx(integer_network(copy.deepcopy(model))),

@@ -90,8 +90,8 @@ def noise_directions(phi):
     """Orthonormal directions, (N - 1, features), in which the pictures of one prompt differ.
 
     phi (N, features), N at most the features. Noise alone moves the pictures there: position and
-    tilt, say. P of Eq. (16) takes these directions out. With them, modes could lower Eq. (16) by
-    what fresh noise brings anyway, and would hardly differ in colour or background.
+    tilt, say. P of Eq. (16) takes these directions out. Otherwise modes could lower Eq. (16)
+    by what fresh noise brings anyway, and would hardly differ in colour or background.
     """
     return torch.linalg.svd(phi - phi.mean(0), full_matrices=False).Vh[:-1]
 

@@ -40,7 +40,7 @@ FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-bac
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
 WEIGHT_WALK = 7.5e-3
-SHORT = 600  # steps; runs of fewer have the rate of so many: a higher one does more harm than good
+SHORT = 600  # steps; a run of fewer keeps this one's rate: a higher one does more harm than good
 OTHER_LR = 2e-3  # of biases, LayerNorms, zero points (in levels), scales and r (as logarithms)
 WARMUP = 0.02  # of the steps: at first Adam does not know how large the gradients are
 FADE = 0.5  # of the steps: a ViT whose weights turn ternary at once starts at chance
@@ -288,7 +288,7 @@ def save_anywhere(student, out, identity, about):
     except (OSError, BadInput) as error:
         with suppress(OSError):
             out.rmdir()
-        aside = Path(tempfile.mkdtemp(prefix="vitq-")) / out.name
+        aside = Path(tempfile.gettempdir(), f"vitq-{time.time_ns()}", out.name)
         vitq.save_quantized(student, aside, {**identity, **about})
         raise BadInput(f"{error}; what was trained is in {aside}") from error
 

@@ -543,7 +543,7 @@ def save_quantized(model, folder, about):
     not finite.
     """
     tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
-    require(all(tensor.isfinite().all() for tensor in tensors.values()), folder,
+    require(all(tensor.isfinite().all() for tensor in tensors.values()), "result",
             "not all weights or scales are finite", "nothing was written")
     for name, layer in modules_of(model, QuantWeight):
         q, _ = layer.quantized_weight()
