@@ -463,8 +463,7 @@ class RecordedStep:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             if self.calls == 4:  # the first ones allocate memory and choose kernels
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self.stream):
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=self.stream):
                     self.step()
                 self.step = graph.replay
             self.step()
@@ -474,8 +473,10 @@ class RecordedStep:
 @functools.cache
 def can_compile(device):
     """Whether torch.compile works here, which needs a compiler of C++. If not, says so, once."""
-    if device.type == "cpu":  # few kernels: workers take longer to import torch than to compile
-        torch._inductor.config.compile_threads = 1
+    if device.type == "cpu":
+        # few kernels: workers take longer to import torch than to compile, and trying all kinds of
+        # vector instructions takes longer than to fail below, should the compiler lack one
+        torch._inductor.config.compile_threads, torch._inductor.config.cpp.vec_isa_ok = 1, True
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         return True

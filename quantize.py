@@ -33,7 +33,7 @@ from tiny import shapes
 
 INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
-TINY_STEPS, TINY_BATCH = 300, 32  # for --model tiny, whose pictures are learned sooner
+TINY_STEPS, TINY_BATCH = 400, 24  # for --model tiny, whose pictures are learned sooner
 PICTURES = 960  # painted where no images are given: so many, or one per prompt if that is more
 FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-back pictures [ours]
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
@@ -197,6 +197,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                 index = torch.multinomial(shares, batch * processes, replacement=True)[mine]
                 u = torch.rand(5, batch * processes, device=device)[:, mine]
                 x = normalize(views(images[index], preprocessing.crop, u))
+                x = x.contiguous(memory_format=torch.channels_last)  # faster, for convolutions
                 # on a GPU, operands are bfloat16, in which integers up to 256 are exact
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logits, logits_q = teacher(x).logits, student(x).logits
@@ -273,9 +274,9 @@ def read_images(folders, preprocessing, device):
     are not lost among twenty thousand others.
     """
     transform = preprocessing.pixels(2 * round(MARGIN * preprocessing.crop / 2))
-    found = [list_images(folder) for folder in folders]  # raises BadInput before any is decoded
+    # all folders are listed, which may raise BadInput, before any image is decoded
     images = [torch.cat([pixels for _, pixels in decode(paths, transform, "reading")])
-              for paths in found]
+              for paths in [list_images(folder) for folder in folders]]
     shares = [torch.full((len(some),), 1 / (len(some) * len(images))) for some in images]
     return torch.cat(images).to(device), torch.cat(shares).to(device)
 
