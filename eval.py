@@ -474,8 +474,8 @@ class RecordedStep:
 def can_compile(device):
     """Whether torch.compile works here, which needs a compiler of C++. If not, says so, once."""
     if device.type == "cpu":
-        # few kernels: workers take longer to import torch than to compile, and trying all kinds of
-        # vector instructions takes longer than to fail below, should the compiler lack one
+        # Few kernels: workers would take longer to import torch than to compile. Of the vector
+        # instructions, the processor's own list is believed: trying all of them takes long, too.
         torch._inductor.config.compile_threads, torch._inductor.config.cpp.vec_isa_ok = 1, True
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
