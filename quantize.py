@@ -197,7 +197,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
                 index = torch.multinomial(shares, batch * processes, replacement=True)[mine]
                 u = torch.rand(5, batch * processes, device=device)[:, mine]
                 x = normalize(views(images[index], preprocessing.crop, u))
-                x = x.contiguous(memory_format=torch.channels_last)  # faster, for convolutions
+                x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster in it
                 # on a GPU, operands are bfloat16, in which integers up to 256 are exact
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logits, logits_q = teacher(x).logits, student(x).logits
