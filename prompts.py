@@ -148,7 +148,7 @@ def whole_words(tokenizer):
 
 def random_of(*numbers):
     """A source of random numbers of its own for each seed, class, ..."""
-    # how many there are comes first: zeros at the end alone would change nothing
+    # SeedSequence ignores zeros at the end, so how many numbers there are comes first
     state = np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(state))
 
@@ -220,17 +220,16 @@ def constants():
 
 def save_prompts(path, texts, pseudo_tokens, settings):
     """One class's prompts: the pseudo-tokens in float16 (164 kB for 20 modes of SD-Turbo), the rest
-    as metadata. A number of theirs is about 0.01: a generator in bfloat16 rounds it more."""
-    settings = torch.tensor([*json.dumps(settings).encode()], dtype=torch.uint8)
-    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu(), "settings": settings},
-                           {"texts": json.dumps(texts)}))  # of two items, the order would vary
+    as metadata. Their numbers are about 0.01, where float16 is finer than bfloat16."""
+    about = json.dumps({"texts": texts, "settings": settings})
+    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu()}, {"about": about}))
 
 
 def load_prompts(path, settings):
     """Texts and pseudo-tokens (K, m, d) of `save_prompts`. Raises BadInput if made otherwise."""
     with reading(path, f"remove {path.parent} to make it again"), safe_open(path, "pt") as file:
-        v, texts = file.get_tensor("pseudo_tokens"), json.loads(file.metadata()["texts"])
-        made_with = json.loads(bytes(file.get_tensor("settings").tolist()))
+        v, about = file.get_tensor("pseudo_tokens"), json.loads(file.metadata()["about"])
+        texts, made_with = about["texts"], about["settings"]
         if texts != [*map(str, texts)] or not len(texts) == len(v) == made_with["modes"] \
                 or v.dim() != 3 or not v.isfinite().all():
             raise ValueError("they are no prompts")
