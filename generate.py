@@ -101,7 +101,7 @@ def load_generator(generator, dtype):
     diffusers.utils.logging.disable_progress_bar()
     folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
     source, small = (folder, folder / "taesd") if folder.is_dir() else (generator, Path(TAESD))
-    files = [str(path) for path in folder.glob("unet/*.safetensors")] or [generator]
+    files = [path.name for path in folder.glob("unet/*.safetensors")] or [generator]
     variant = "fp16" if all(".fp16." in file or file == SD_TURBO for file in files) else None
     with reading(f"generator {generator}", "give SD-Turbo, a folder of diffusers, or --model tiny"):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
@@ -156,8 +156,7 @@ def is_done(folder, settings, per_mode):
 
 def write_png(picture, path):
     """uint8 (3, H, W) -> a file that appears whole or not at all."""
-    file = io.BytesIO()
-    VF.to_pil_image(picture).save(file, "png")
+    VF.to_pil_image(picture).save(file := io.BytesIO(), "png")
     write_whole(path, file.getvalue())
 
 

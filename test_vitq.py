@@ -1087,6 +1087,9 @@ def test_hub_ids_load_from_the_cache_without_network(workplace, command, monkeyp
     folder = next(Path("cache").glob("*turbo/snapshots/*"))  # as good, with float16 files only
     half, _ = generate.load_generator(str(folder), torch.float32)
     assert_close(half.unet.conv_in.weight, pipeline.unet.conv_in.weight.float())
+    Path("sd.fp16.old").symlink_to(Path(generate.__file__).parent / generate.TINY_TURBO)
+    full, _ = generate.load_generator("sd.fp16.old", torch.float32)  # the files' names count alone
+    assert_close(full.unet.conv_in.weight, half.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
 
 
 # -------------------- tiny
