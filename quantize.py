@@ -40,19 +40,19 @@ FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-bac
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
 WEIGHT_WALK = 7.5e-3
-SHORT = 600  # steps; a run of fewer keeps this one's rate: a higher one does more harm than good
+SHORT = 600  # steps; shorter runs have the rate of so many: a higher one does more harm than good
 OTHER_LR = 2e-3  # of biases, LayerNorms, zero points (in levels), scales and r (as logarithms)
 WARMUP = 0.02  # of the steps: at first Adam does not know how large the gradients are
 FADE = 0.5  # of the steps: a ViT whose weights turn ternary at once starts at chance
 MARGIN = 1 / 7  # by which calibration images exceed the network's input: 32 of 224 pixels
-SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # of random crops: the side before stretching, the stretching
+SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # of random crops: the least side, the greatest aspect ratio
 READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU wait
 
 
 # -------------------- The losses: Eq. (9)-(11)
 
 def count_class_tokens(model):
-    """How many tokens, the first ones, stand for the whole image: ViT 1, DeiT 2, Swin none."""
+    """How many tokens, the first, stand for the whole image: ViT 1, distilled DeiT 2, Swin none."""
     return sum(name.endswith(("cls_token", "distillation_token")) for name in model.state_dict())
 
 
@@ -91,8 +91,8 @@ def joint_loss(features, quantized_features, logits, quantized_logits, class_tok
 # -------------------- What is trained
 
 def trained_parameters(model):
-    """Theta of Eq. (11), name -> parameter: all but class tokens, what belongs to positions, and
-    the scale and zero point of the image.
+    """Theta of Eq. (11), name -> parameter: all but class tokens, position embeddings and biases,
+    and the scale and zero point of the image.
 
     Trained, this scale would shrink until black and white clip. With a mean of 0.5, each pixel then
     lies halfway between two levels.
@@ -107,8 +107,8 @@ def stages(model, method, steps):
 
     "joint" is one stage: all, by Eq. (11). "block", as in BRECQ (Li 2021), is a stage per block:
     its parameters, by its term of Eq. (9), while the blocks before it, already quantized, stay as
-    they are. What stands before a block (the patch embedding, Swin's patch merging) is trained with
-    it; after the last block nothing is. "rtn", round to nearest, is "joint" in no steps at all.
+    they are. The layers before a block (the patch embedding, Swin's patch merging) are trained with
+    it, those after the last block never. "rtn", round to nearest, is "joint" in no steps at all.
     """
     parameters = trained_parameters(model)
     if method != "block":
@@ -182,8 +182,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
     """
     device, losses, taken, (rank, processes) = images.device, [], 0, rank_and_processes()
     mine = slice(rank * batch, (rank + 1) * batch)  # all processes draw the same numbers
-    class_tokens = count_class_tokens(student)
-    normalize, views = preprocessing.normalizer(device), compiled(random_views, device, steps)
+    class_tokens, normalize = count_class_tokens(student), preprocessing.normalizer(device)
     modules = [*vitq.blocks(student), *vitq.blocks(teacher),
                *(conv for _, conv in vitq.modules_of(student, vitq.QuantConv2d))]
     with patched("forward", {m: compiled(m.forward, device, steps) for m in modules}), \
@@ -196,7 +195,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
             def step():
                 index = torch.multinomial(shares, batch * processes, replacement=True)[mine]
                 u = torch.rand(5, batch * processes, device=device)[:, mine]
-                x = normalize(views(images[index], preprocessing.crop, u))
+                x = normalize(random_views(images[index], preprocessing.crop, u))
                 x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster in it
                 # on a GPU, operands are bfloat16, in which integers up to 256 are exact
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -238,7 +237,7 @@ def parser():
     add("--data", metavar="DIR", help="images for the last table: a folder per class, or no labels")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
     add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
-    add("--steps", type=whole_number(1), help=f"default: {STEPS}; for tiny {TINY_STEPS}")
+    add("--steps", type=whole_number(1), help=f"default: {STEPS}; tiny {TINY_STEPS}; rtn 0")
     add("--batch", type=whole_number(1), help=f"per process (default: {BATCH}; tiny {TINY_BATCH})")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     add("--out", metavar="DIR", help="default: quantized/<model>-<bits>, of a baseline -<method>")
