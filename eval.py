@@ -77,7 +77,7 @@ class Preprocessing:
     def pixels(self, margin=0):
         """A transform from a PIL image to uint8 (3, crop + margin, crop + margin).
 
-        Without a margin it is the checkpoint's; with one, the square has the whole short side.
+        Without a margin it is the checkpoint's; with one, nothing is cropped off the short side.
         """
         square, crop = isinstance(self.resize, list), self.crop + margin
         resize = Resize([crop] * (1 + square) if margin else self.resize,
@@ -394,7 +394,7 @@ def decode(paths, transform, description):
     broken = []
     # threads suffice: Pillow decodes and resizes outside the interpreter's lock
     with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(paths), CHUNK), description, unit="chunk", disable=None):
+        for start in tqdm(range(0, len(paths), CHUNK), description, disable=None, leave=False):
             images = enumerate(pool.map(load, paths[start:start + CHUNK]), start)
             good = {position: image for position, image in images if image is not None}
             if good:
@@ -419,7 +419,7 @@ def evaluate(models, preprocessing, paths, labels, device):
     normalize, kept, top5 = preprocessing.normalizer(device), [], {name: [] for name in models}
     for positions, pixels in decode(paths, preprocessing.pixels(), "evaluating"):
         kept += positions
-        for batch in pixels.split(64):
+        for batch in pixels.split(32):
             for name, (model, _) in models.items():
                 logits = model.to(device)(normalize(batch.to(device))).logits  # (B, classes)
                 top5[name].append(logits.topk(min(5, logits.shape[1])).indices.cpu())
