@@ -36,7 +36,7 @@ class IntegerQuantizer(nn.Module):
     def __init__(self, quantizer):
         super().__init__()
         self.top = 2 ** quantizer.bits - 1
-        # as constants: the exporter's own exp would be another one in the last digit
+        # as constants: the exporter's own exp differs in the last digit
         self.register_buffer("scale", quantizer.log_scale.exp())
         self.register_buffer("zero_point", quantizer.zero_point.round().clamp(0, self.top).byte())
 

@@ -199,8 +199,8 @@ class ActivationQuantizer(nn.Module):
         scale = self.log_scale.exp()
         if not self.enabled:
             return x / scale, scale
-        # One copy per row, so that the fused kernel of the backward pass sums the gradient within
-        # the row, instead of writing all of it out to be summed later.
+        # Expanded to one per row, so that the fused kernel of the backward pass sums the gradient
+        # within the row, instead of writing all of it out to be summed later.
         s, z = [number.expand(*x.shape[:-1], 1) for number in (scale, self.zero_point)]
         return quantize_activation(x, s, z, self.bits), scale
 
@@ -219,7 +219,7 @@ class QuantWeight:
         """Take over the sizes and the weights of the floating-point `layer`.
 
         Layers that read the same tensor share its quantizer, and the log_r of the RescaledLayerNorm
-        that it comes from, if it does.
+        before them, if there is one.
         """
         sizes = [getattr(layer, name) for name in self.sizes]
         super().__init__(*sizes, bias=layer.bias is not None)  # nn.Linear's or nn.Conv2d's
@@ -304,8 +304,8 @@ def quantized_attention(module, query, key, value, attention_mask, scaling, **kw
     Both operands of both products are quantized, with one scale per tensor. The softmax is
     quantized before its division. A query that looks at one token has a probability near 1; one
     that looks at all 197 has none above 0.01, and a scale that covers the first rounds the second
-    to nothing. Relative to the largest of their row, both reach the highest level. This amounts to
-    a factor per row that is computed, not stored, so a comparison with methods that quantize the
+    to nothing. Relative to the largest of their row, both reach the highest level. In effect each
+    row has a scale of its own, computed as it runs, so a comparison with methods that quantize the
     output of the softmax favours this one.
     """
     (q_q, s_q), (q_k, s_k) = module.query_quantizer(query), module.key_quantizer(key)
@@ -505,12 +505,11 @@ def unpack(packed, bits, shape):
 def write_whole(path, data):
     """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
     for left in path.parent.glob(f".{path.name}.*"):
-        try:
-            os.kill(int(left.suffix[1:]), 0)  # signal 0 asks only whether the process is there
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except (ValueError, OverflowError, PermissionError):
-            pass  # no process's number, or another user's
+        with suppress(ValueError, OverflowError, PermissionError):  # no number, or another user's
+            try:
+                os.kill(int(left.suffix[1:]), 0)  # signal 0 asks only whether the process is there
+            except ProcessLookupError:
+                left.unlink(missing_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data)
