@@ -304,11 +304,10 @@ def list_images(folder):
     """All image files below a folder, sorted. Links are followed; names that begin with a dot are
     passed over, and generate.py's overviews, grid.png. Raises BadInput if there are none."""
     def walk(folder, above=()):
-        real = folder.resolve()
         # a link that leads back ends here
-        for path in folder.iterdir() if folder.is_dir() and real not in above else ():
+        for path in folder.iterdir() if folder.is_dir() and folder.resolve() not in above else ():
             if path.is_dir() and path.name[0] != ".":
-                yield from walk(path, (*above, real))
+                yield from walk(path, (*above, folder.resolve()))
             elif path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != ".":
                 yield path
 

@@ -221,15 +221,16 @@ def constants():
 def save_prompts(path, texts, pseudo_tokens, settings):
     """One class's prompts: the pseudo-tokens in float16 (164 kB for 20 modes of SD-Turbo), the rest
     as metadata. Their numbers are about 0.01, where float16 is finer than bfloat16."""
-    about = json.dumps({"texts": texts, "settings": settings})
-    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu()}, {"about": about}))
+    settings = torch.tensor([*json.dumps(settings).encode()], dtype=torch.uint8)
+    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu(), "settings": settings},
+                           {"texts": json.dumps(texts)}))  # of two items, the order would vary
 
 
 def load_prompts(path, settings):
     """Texts and pseudo-tokens (K, m, d) of `save_prompts`. Raises BadInput if made otherwise."""
     with reading(path, f"remove {path.parent} to make it again"), safe_open(path, "pt") as file:
-        v, about = file.get_tensor("pseudo_tokens"), json.loads(file.metadata()["about"])
-        texts, made_with = about["texts"], about["settings"]
+        v, texts = file.get_tensor("pseudo_tokens"), json.loads(file.metadata()["texts"])
+        made_with = json.loads(bytes(file.get_tensor("settings").tolist()))
         if texts != [*map(str, texts)] or not len(texts) == len(v) == made_with["modes"] \
                 or v.dim() != 3 or not v.isfinite().all():
             raise ValueError("they are no prompts")
