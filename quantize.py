@@ -40,7 +40,7 @@ FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-bac
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
 WEIGHT_WALK = 7.5e-3
-SHORT = 600  # steps; shorter runs have the rate of so many: a higher one does more harm than good
+SHORT = 600  # steps; shorter runs keep the rate of 600: a higher one does more harm than good
 OTHER_LR = 2e-3  # of biases, LayerNorms, zero points (in levels), scales and r (as logarithms)
 WARMUP = 0.02  # of the steps: at first Adam does not know how large the gradients are
 FADE = 0.5  # of the steps: a ViT whose weights turn ternary at once starts at chance
@@ -91,8 +91,8 @@ def joint_loss(features, quantized_features, logits, quantized_logits, class_tok
 # -------------------- What is trained
 
 def trained_parameters(model):
-    """Theta of Eq. (11), name -> parameter: all but class tokens, position embeddings and biases,
-    and the scale and zero point of the image.
+    """Theta of Eq. (11), name -> parameter: all but class tokens, position embeddings, Swin's
+    position bias tables, and the scale and zero point of the image.
 
     Trained, this scale would shrink until black and white clip. With a mean of 0.5, each pixel then
     lies halfway between two levels.
