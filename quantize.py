@@ -182,7 +182,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
     """
     device, losses, taken, (rank, processes) = images.device, [], 0, rank_and_processes()
     mine = slice(rank * batch, (rank + 1) * batch)  # all processes draw the same numbers
-    class_tokens, normalize = count_class_tokens(student), preprocessing.normalizer(device)
+    class_tokens = count_class_tokens(student)
     modules = [*vitq.blocks(student), *vitq.blocks(teacher),
                *(conv for _, conv in vitq.modules_of(student, vitq.QuantConv2d))]
     with patched("forward", {m: compiled(m.forward, device, steps) for m in modules}), \
@@ -195,8 +195,9 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
             def step():
                 index = torch.multinomial(shares, batch * processes, replacement=True)[mine]
                 u = torch.rand(5, batch * processes, device=device)[:, mine]
-                x = normalize(random_views(images[index], preprocessing.crop, u))
-                x = x.contiguous(memory_format=torch.channels_last)  # convolutions are faster in it
+                x = random_views(images[index], preprocessing.crop, u)
+                # in channels_last, convolutions are faster
+                x = preprocessing.normalizer(device)(x).to(memory_format=torch.channels_last)
                 # on a GPU, operands are bfloat16, in which integers up to 256 are exact
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     logits, logits_q = teacher(x).logits, student(x).logits
