@@ -316,7 +316,7 @@ def list_images(folder):
     return paths
 
 
-def plain(name):
+def canonical(name):
     """A class name for comparing: composed Unicode, no capitals, single spaces for underscores."""
     return " ".join(unicodedata.normalize("NFC", name.casefold()).replace("_", " ").split())
 
@@ -329,7 +329,7 @@ def classes_named(name, names):
     """
     exact = [index for index, several in enumerate(names) if name == several]
     found = exact or [index for index, several in enumerate(names)
-                      if plain(name) in map(plain, [several, *several.split(",")])]
+                      if canonical(name) in map(canonical, [several, *several.split(",")])]
     number = re.match(r"([0-9]{1,9})(_|$)", name)
     return found or ([int(number[1])] if number and int(number[1]) < len(names) else [])
 
@@ -341,7 +341,7 @@ def find_class(name, names, what="class"):
             f"give the index, {' or '.join(map(str, found))}")
     require(found, f"{what} {name!r}", f"is none of the model's {len(names)} classes",
             f"give an index below {len(names)} or a name, such as {names[0]}")
-    said, meant = (set(re.findall(r"[^\W_]+", plain(text)))
+    said, meant = (set(re.findall(r"[^\W_]+", canonical(text)))
                    for text in (re.sub("^[0-9]+_", "", name), names[found[0]]))
     if not said <= meant:
         print(f"{what} {name!r} is taken for index {found[0]}: {names[found[0]]}", file=sys.stderr)

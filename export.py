@@ -60,8 +60,8 @@ class IntegerLinear(nn.Module):
         super().__init__()
         q, scale = layer.quantized_weight()
         q = q.flatten(1).T
-        # Two products of unsigned with signed 8-bit numbers may overflow the 16 bits in which a CPU
-        # with AVX2 alone adds them; unsigned with unsigned, it adds in 32. Below 8 bits they fit.
+        # A CPU with only AVX2 adds two products of unsigned with signed 8-bit numbers in 16 bits,
+        # which weights of 8 bits overflow; of unsigned with unsigned, in 32. Below 8 bits they fit.
         middle = 128 if layer.weight_bits == 8 else 0
         self.register_buffer("q", (q + middle).byte() if middle else q.char())
         self.register_buffer("z", self.q.new_tensor(middle))

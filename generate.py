@@ -66,11 +66,11 @@ class OneStepSampler:
         self.timestep = pipeline.scheduler.timesteps[0].to(device)
         self.sigma = float(pipeline.scheduler.sigmas[0])
 
-    def noise(self, count, random):
+    def noise(self, count, rng):
         """n of Eq. (13), (count, 4, h, w), drawn on the CPU: it is the same on all devices."""
         config = self.unet.config
         shape = count, config.in_channels, config.sample_size, config.sample_size
-        return torch.randn(shape, generator=random).to(self.device)
+        return torch.randn(shape, generator=rng).to(self.device)
 
     def __call__(self, e, noise, decoder=None):
         """e (B, tokens, width), noise (B, 4, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
@@ -133,8 +133,8 @@ def first_name(names, label):
 
 def class_folder(out, label, names):
     """generated/<model>/0021_kite. A class name never leaves its folder: "AC/DC" is not a path."""
-    plain = re.sub(r"[^A-Za-z0-9-]+", "_", first_name(names, label)).strip("_")
-    return Path(out) / f"{label:04d}_{plain}"
+    safe = re.sub(r"[^A-Za-z0-9-]+", "_", first_name(names, label)).strip("_")
+    return Path(out) / f"{label:04d}_{safe}"
 
 
 def picture_paths(folder, modes, per_mode):
@@ -147,10 +147,10 @@ def is_done(folder, settings, per_mode):
 
     Raises BadInput if the class was made with other settings.
     """
-    learned, grid = folder / PROMPTS_FILE, folder / "grid.png"
-    if learned.exists():
-        prompts.load_prompts(learned, settings)
-    paths = [learned, grid, *picture_paths(folder, settings["modes"], per_mode)]
+    made, grid = folder / PROMPTS_FILE, folder / "grid.png"
+    if made.exists():
+        prompts.load_prompts(made, settings)
+    paths = [made, grid, *picture_paths(folder, settings["modes"], per_mode)]
     return all(path.is_file() and path.stat().st_size for path in paths)
 
 
@@ -163,11 +163,11 @@ def write_png(picture, path):
 def paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch):
     """Paint `per_mode` pictures per mode, and the grid. K texts, pseudo-tokens v (K, m, d)."""
     (folder / "grid.png").unlink(missing_ok=True)  # an older one may show fewer
-    modes, v, pictures = torch.arange(len(v)).repeat_interleave(per_mode), v.to(sampler.device), []
+    mode_of, pictures = torch.arange(len(v)).repeat_interleave(per_mode), []  # of each picture
     # each picture has a noise of its own, whatever else is painted with it
-    noise = torch.cat([sampler.noise(1, prompts.random_of(seed, label, mode, number))
+    noise = torch.cat([sampler.noise(1, prompts.rng_of(seed, label, mode, number))
                        for mode in range(len(v)) for number in range(per_mode)])
-    for k, n in zip(modes.split(micro_batch), noise.split(micro_batch)):
+    for k, n in zip(mode_of.split(micro_batch), noise.split(micro_batch)):
         e = prompts.encode(sampler.text_encoder, sampler.tokenizer, [texts[i] for i in k], v[k])
         pictures.append(((sampler(e, n).clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
     pictures = torch.cat(pictures)
@@ -188,7 +188,7 @@ def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, ba
             texts, v = prompts.learn(sampler, classifier, label, name, modes, seed, micro_batch,
                                      lambda loss: bar.set_postfix(loss=f"{loss:.3f}"))
         else:
-            texts = prompts.plain(settings["prompts"], label, name, modes, seed)
+            texts = prompts.baseline_texts(settings["prompts"], label, name, modes, seed)
             v = torch.zeros(modes, 0, sampler.text_encoder.config.hidden_size)
         prompts.save_prompts(path, texts, v, settings)
     texts, v = prompts.load_prompts(path, settings)

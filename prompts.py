@@ -26,7 +26,7 @@ TEMPLATE = "a photo of"
 SLOT = "*"  # marks in a prompt's text where its pseudo-tokens stand
 PSEUDO_TOKENS = 4  # m
 STEPS = 10
-LEARNING_RATE = 0.05  # in units of the size of a number of an embedding, which differs by generator
+LEARNING_RATE = 0.05  # relative to the rms of the word embeddings, which differs by generator
 PROMPT_WEIGHT, IMAGE_WEIGHT = 0.1, 1.0  # b_p and b_i of Eq. (17)
 CANDIDATES = 16  # random prompts per mode, from which the start is chosen
 START_WEIGHT = 3.0  # of the cosine with the nearest mode chosen so far
@@ -62,7 +62,7 @@ def encode(text_encoder, tokenizer, texts, v):
                            text_encoder.device)
 
     def splice(embedding, inputs, embedded):  # (K, tokens, d), before the positions are added
-        return torch.cat([embedded[:, :start], v.to(embedded.dtype), embedded[:, start + m:]], 1)
+        return torch.cat([embedded[:, :start], v.to(embedded), embedded[:, start + m:]], 1)
 
     with text_encoder.get_input_embeddings().register_forward_hook(splice):
         return text_encoder(ids)[0]
@@ -109,7 +109,7 @@ def prompt_loss(logits, label, v, phi, directions):
 
 # -------------------- The trainer
 
-def look(sampler, classifier, text, v, noise, micro_batch):
+def paint_and_classify(sampler, classifier, text, v, noise, micro_batch):
     """Eq. (12) and (13), then the classifier: logits (K, classes) and phi (K, features).
 
     v (K, m, d), noise (K, 4, h, w). If K exceeds `micro_batch`, no more than that go through the
@@ -129,8 +129,8 @@ def look(sampler, classifier, text, v, noise, micro_batch):
 def choose(losses, projected, count):
     """Where to start: the indices of `count` of N candidates, chosen one after the other.
 
-    Each time the one with the least Eq. (14), `losses` (N,), plus START_WEIGHT times the cosine of
-    its P phi (N, features) with the nearest of those chosen already.
+    Each is the one with the least Eq. (14), `losses` (N,), plus START_WEIGHT times the cosine of
+    its P phi (N, features) with the nearest one chosen already.
     """
     u, chosen = F.normalize(projected, dim=1), [losses.argmin().item()]
     while len(chosen) < count:
@@ -146,7 +146,7 @@ def whole_words(tokenizer):
                                if re.fullmatch("[a-z]{3,}</w>", token)))
 
 
-def random_of(*numbers):
+def rng_of(*numbers):
     """A source of random numbers of its own for each seed, class, ..."""
     # SeedSequence ignores zeros at the end, so how many numbers there are comes first
     state = np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0]
@@ -160,36 +160,36 @@ def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress=l
     progress: called with the loss after each step. Raises BadInput at a loss that is not finite.
     """
     embeddings = sampler.text_encoder.get_input_embeddings().weight.float()  # (vocabulary, d)
-    random = random_of(seed, label)
+    rng = rng_of(seed, label)
     text = f"{TEMPLATE} {SLOT} {name}"
     bare = embeddings.new_zeros(NOISE_PICTURES, 0, embeddings.shape[1])
-    _, phi = look(sampler, classifier, f"{TEMPLATE} {name}", bare,
-                  sampler.noise(NOISE_PICTURES, random), micro_batch)
+    _, phi = paint_and_classify(sampler, classifier, f"{TEMPLATE} {name}", bare,
+                                sampler.noise(NOISE_PICTURES, rng), micro_batch)
     directions = noise_directions(phi)
     # Words at random: gradients alone, from near the class's name, find few of the colours,
     # places and poses that the generator knows a word for.
     words = whole_words(sampler.tokenizer)
-    drawn = torch.randint(len(words), (CANDIDATES * modes, PSEUDO_TOKENS), generator=random)
-    candidates = embeddings[words[drawn].to(embeddings.device)]
-    logits, phi = look(sampler, classifier, text, candidates,
-                       sampler.noise(len(candidates), random), micro_batch)
+    picks = torch.randint(len(words), (CANDIDATES * modes, PSEUDO_TOKENS), generator=rng)
+    candidates = embeddings[words[picks].to(embeddings.device)]
+    logits, phi = paint_and_classify(sampler, classifier, text, candidates,
+                                     sampler.noise(len(candidates), rng), micro_batch)
     losses = -logits.log_softmax(1)[:, label]  # Eq. (14) of each
     v = candidates[choose(losses, project(phi, directions), modes)].requires_grad_(True)
 
     optimizer = torch.optim.Adam([v], lr=LEARNING_RATE * embeddings.square().mean().sqrt().item())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    noise, latest = sampler.noise(modes, random), torch.zeros((), device=v.device)
+    noise, latest = sampler.noise(modes, rng), torch.zeros((), device=v.device)
 
     def gradient():
         optimizer.zero_grad()
-        logits, phi = look(sampler, classifier, text, v, noise, micro_batch)
+        logits, phi = paint_and_classify(sampler, classifier, text, v, noise, micro_batch)
         loss = prompt_loss(logits, label, v, phi, directions)
         loss.backward()
         latest.copy_(loss.detach())
 
     gradient = RecordedStep(gradient, v.device)
     for step in range(STEPS):
-        noise.copy_(sampler.noise(modes, random))  # fresh: a prompt must hold for any noise
+        noise.copy_(sampler.noise(modes, rng))  # fresh: a prompt must hold for any noise
         gradient()
         optimizer.step()
         schedule.step()
@@ -200,12 +200,12 @@ def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress=l
     return [text] * modes, v.detach()
 
 
-def plain(kind, label, name, modes, seed):
+def baseline_texts(kind, label, name, modes, seed):
     """The baselines: K texts. kind "class": the bare class; "text": with two adjectives."""
     if kind == "class":
         return [f"{TEMPLATE} {name}"] * modes
-    random = np.random.default_rng([seed, label])
-    return ["a {} photo of {} {}".format(*random.choice(ADJECTIVES, 2, replace=False), name)
+    rng = np.random.default_rng([seed, label])
+    return ["a {} photo of {} {}".format(*rng.choice(ADJECTIVES, 2, replace=False), name)
             for _ in range(modes)]
 
 

@@ -34,18 +34,18 @@ from tiny import shapes
 INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
 TINY_STEPS, TINY_BATCH = 400, 24  # for --model tiny, whose pictures are learned sooner
-PICTURES = 960  # painted where no images are given: so many, or one per prompt if that is more
-FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-back pictures [ours]
+PICTURES = 960  # painted where no images are given: at least so many, and at least one per prompt
+FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-out pictures [ours]
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
-# weights are some 0.05 large; on a much longer walk they forget what they were pretrained to.
+# weights are some 0.05 large; on a much longer walk they lose what pretraining gave them.
 WEIGHT_WALK = 7.5e-3
 SHORT = 600  # steps; shorter runs keep the rate of 600: a higher one does more harm than good
 OTHER_LR = 2e-3  # of biases, LayerNorms, zero points (in levels), scales and r (as logarithms)
 WARMUP = 0.02  # of the steps: at first Adam does not know how large the gradients are
 FADE = 0.5  # of the steps: a ViT whose weights turn ternary at once starts at chance
 MARGIN = 1 / 7  # by which calibration images exceed the network's input: 32 of 224 pixels
-SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # of random crops: the least side, the greatest aspect ratio
+SMALLEST_CROP, ASPECT = 0.6, 4 / 3  # random crops: least sqrt(area), greatest aspect ratio
 READ_EVERY = 10  # steps between two looks at the loss: each look makes the GPU wait
 
 
@@ -94,8 +94,7 @@ def trained_parameters(model):
     """Theta of Eq. (11), name -> parameter: all but class tokens, position embeddings, Swin's
     position bias tables, and the scale and zero point of the image.
 
-    Trained, this scale would shrink until black and white clip. With a mean of 0.5, each pixel then
-    lies halfway between two levels.
+    Trained, this scale would shrink until black and white clip: see `vitq.CLIPPING_GRID`.
     """
     return {name: parameter for name, parameter in model.named_parameters()
             if not re.search(r"position|token|projection\.input_quantizer", name)}
@@ -116,10 +115,12 @@ def stages(model, method, steps):
     block_of = {id(parameter): l for l, block in enumerate(vitq.blocks(model))
                 for parameter in block.parameters()}
     groups, l = [{} for _ in vitq.blocks(model)], None
+    # backwards: a layer outside the blocks joins the block that runs after it
     for name, parameter in reversed(parameters.items()):
         l = block_of.get(id(parameter), l)
         if l is not None:
             groups[l][name] = parameter
+
     def loss_of(l):
         return lambda h, h_q, z, z_q, class_tokens: feature_loss([h[l]], [h_q[l]], class_tokens)
 
@@ -153,8 +154,8 @@ def random_views(images, size, u):
     """Random crops, stretched to the network's input and mirrored at random. [ours]
 
     images: uint8 (B, 3, S, S); u: uniform in [0, 1), (5, B). Returns float (B, 3, size, size) in
-    [0, 255]. Millions of weights soon know a few thousand pictures by heart. Their views they do
-    not, and what the teacher says of half a dog is as good a target as any other (Beyer 2022).
+    [0, 255]. Millions of weights soon memorize a few thousand pictures, but not their random views;
+    and what the teacher says of half a dog is as good a target as any other (Beyer 2022).
     """
     side, stretch = SMALLEST_CROP + (1 - SMALLEST_CROP) * u[0], ASPECT ** (u[1] - 0.5)
     width, height = (side * stretch).clamp_max(1), (side / stretch).clamp_max(1)  # of the picture's
@@ -173,11 +174,11 @@ def mean_over_processes(tensors):
         vector_to_parameters(everything / torch.distributed.get_world_size(), tensors)
 
 
-def train(student, teacher, method, images, shares, preprocessing, steps, batch, progress):
+def train(student, teacher, method, images, probabilities, preprocessing, steps, batch, progress):
     """Train `student` to follow `teacher`, without labels; both frozen, on the device of `images`.
 
-    images: uint8 (N, 3, S, S); shares: how likely each of them is, (N,). steps: in all, of `batch`
-    images in each process. Returns the loss of the first, of every tenth and of the last step.
+    images: uint8 (N, 3, S, S); probabilities: of drawing each of them, (N,). steps: in all, of
+    `batch` images in each process. Returns the loss of the first, every tenth and the last step.
     Raises BadInput if one of them is not finite.
     """
     device, losses, taken, (rank, processes) = images.device, [], 0, rank_and_processes()
@@ -193,7 +194,7 @@ def train(student, teacher, method, images, shares, preprocessing, steps, batch,
             latest, t = torch.zeros(2, device=device)
 
             def step():
-                index = torch.multinomial(shares, batch * processes, replacement=True)[mine]
+                index = torch.multinomial(probabilities, batch * processes, replacement=True)[mine]
                 u = torch.rand(5, batch * processes, device=device)[:, mine]
                 x = random_views(images[index], preprocessing.crop, u)
                 # in channels_last, convolutions are faster
@@ -241,7 +242,7 @@ def parser():
     add("--steps", type=whole_number(1), help=f"default: {STEPS}; tiny {TINY_STEPS}; rtn 0")
     add("--batch", type=whole_number(1), help=f"per process (default: {BATCH}; tiny {TINY_BATCH})")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
-    add("--out", metavar="DIR", help="default: quantized/<model>-<bits>, of a baseline -<method>")
+    add("--out", metavar="DIR", help="default: quantized/<model>-<bits>, for a baseline -<method>")
     return parser
 
 
@@ -268,21 +269,22 @@ def paint_missing(model, classifier, device):
 
 
 def read_images(folders, preprocessing, device):
-    """The images of some folders, uint8 (N, 3, S, S), with a margin for crops; their shares, (N,).
+    """The images of some folders, uint8 (N, 3, S, S), with a margin for crops, and how likely each
+    of them is to be drawn, (N,).
 
-    All folders are drawn as often, so that a thousand sharp photographs of what the network is for
-    are not lost among twenty thousand others.
+    Each folder is drawn as often as another, so that a thousand sharp photographs of what the
+    network is for are not lost among twenty thousand others.
     """
     transform = preprocessing.pixels(2 * round(MARGIN * preprocessing.crop / 2))
     # all folders are listed, which may raise BadInput, before any image is decoded
     images = [torch.cat([pixels for _, pixels in decode(paths, transform, "reading")])
               for paths in [list_images(folder) for folder in folders]]
-    shares = [torch.full((len(some),), 1 / (len(some) * len(images))) for some in images]
-    return torch.cat(images).to(device), torch.cat(shares).to(device)
+    probabilities = [torch.full((len(some),), 1 / (len(some) * len(images))) for some in images]
+    return torch.cat(images).to(device), torch.cat(probabilities).to(device)
 
 
 def save_anywhere(student, out, identity, about):
-    """Save to `out`; if that fails, aside, since the training took long. Returns the bytes."""
+    """Save to `out` or, since training took long, else to a temporary folder. Returns the bytes."""
     try:
         vitq.check_output(out, identity)  # again: others may have written there since
         return vitq.save_quantized(student, out, {**identity, **about})
@@ -308,16 +310,16 @@ def main():
 
     torch.manual_seed(args.seed)  # the same in all processes
     preprocessing, teacher = classifier.preprocessing, classifier.model
-    images, shares = read_images(args.images, preprocessing, device)
+    images, probabilities = read_images(args.images, preprocessing, device)
     begin = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(teacher), args.bits, args.edge_bits).to(device)
-    first = images[torch.multinomial(shares, INITIALIZATION_IMAGES, replacement=True)]
+    first = images[torch.multinomial(probabilities, INITIALIZATION_IMAGES, replacement=True)]
     first = preprocessing.center_crop(first, [preprocessing.crop] * 2)
     vitq.initialize(student, preprocessing.normalizer(device)(first))
     with tqdm(total=args.steps, desc=f"{args.method} {args.bits}", unit="step",
               disable=None if args.steps and rank == 0 else True) as progress:
-        losses = train(student, teacher, args.method, images, shares, preprocessing, args.steps,
-                       args.batch, progress)
+        losses = train(student, teacher, args.method, images, probabilities, preprocessing,
+                       args.steps, args.batch, progress)
     if rank > 0:
         return  # all of them hold the same student
     seconds = time.perf_counter() - begin

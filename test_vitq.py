@@ -619,9 +619,9 @@ def test_every_folder_is_drawn_as_often(workplace, capsys):
     """Also where a picture of one of them cannot be decoded, which is named."""
     Path("wrong/kitten/cut.jpg").write_bytes(Path("photos/0.jpg").read_bytes()[:300])
     preprocessing = preprocessing_of(random_model("vit"))
-    images, shares = quantize.read_images(["photos", "wrong"], preprocessing, CPU)
+    images, probabilities = quantize.read_images(["photos", "wrong"], preprocessing, CPU)
     assert images.shape == (41, 3, 36, 36)
-    assert_close(shares, torch.tensor([1 / 80] * 40 + [1 / 2]))
+    assert_close(probabilities, torch.tensor([1 / 80] * 40 + [1 / 2]))
     assert re.search("skipped 1 of 2 images.*cut.jpg", capsys.readouterr().err)
 
 
@@ -646,9 +646,9 @@ def pictures(count, side=40):
 
 def train_on(images, student, teacher, preprocessing, steps, batch, method="joint"):
     """Train on uint8 images, all of them as likely; returns the losses."""
-    shares = torch.full((len(images),), 1 / len(images))
-    return quantize.train(student, teacher, method, images, shares, preprocessing, steps, batch,
-                          tqdm(disable=True))
+    probabilities = torch.full((len(images),), 1 / len(images))
+    return quantize.train(student, teacher, method, images, probabilities, preprocessing, steps,
+                          batch, tqdm(disable=True))
 
 
 def trained(family="vit", bits="w3a3", method="joint", steps=12, batch=16, images=50):
@@ -724,21 +724,21 @@ def test_noise_moves_the_weights_as_far_in_few_steps_as_in_many():
 @pytest.mark.parametrize("method, stage", [("joint", 36), ("block", 12)])
 def test_ternary_weights_fade_in(method, stage, monkeypatch):
     """W at the start of a stage, halfway to W^ after a quarter of it, W^ from its middle on."""
-    shares, plain = [], vitq.QuantWeight.quantized_weight
+    fades, plain = [], vitq.QuantWeight.quantized_weight
 
     def quantized_weight(layer):
         found, scales = plain(layer)
         if layer.enabled and getattr(layer, "in_features", 0) == 64:  # fc2 of the three blocks
             w = layer.weight / scales[:, None]
-            shares.append(1 if layer.fade is None else layer.fade.item())
-            expected = w + shares[-1] * (w.round().clamp(-1, 1) - w)
+            fades.append(1 if layer.fade is None else layer.fade.item())
+            expected = w + fades[-1] * (w.round().clamp(-1, 1) - w)
             assert_close(found, expected, rtol=1e-3, atol=1e-4)
         return found, scales
 
     monkeypatch.setattr(vitq.QuantWeight, "quantized_weight", quantized_weight)
     trained(bits="w158a8", method=method, steps=36, batch=2, images=8)
     expected = [min(1, step / (stage / 2)) for step in range(1, stage + 1)] + [1] * (36 - stage)
-    assert shares[::3] == pytest.approx(expected, abs=1e-3)  # of the first block
+    assert fades[::3] == pytest.approx(expected, abs=1e-3)  # of the first block
 
 
 def test_nothing_stays_faded_or_patched_after_an_exception(monkeypatch):
@@ -849,7 +849,8 @@ def test_eq_13_to_17_reach_the_pseudo_tokens(sampler, tiny_classifier):
     directions = torch.linalg.qr(torch.randn(384, 3, generator=random))[0].T
 
     def loss_at(v):
-        logits, phi = prompts.look(sampler, tiny_classifier, "a photo of * kite", v, noise, 2)
+        logits, phi = prompts.paint_and_classify(sampler, tiny_classifier, "a photo of * kite", v,
+                                                 noise, 2)
         return prompts.prompt_loss(logits, 3, v, phi, directions)
 
     gradient, = torch.autograd.grad(loss_at(v.requires_grad_()), v)
@@ -949,11 +950,12 @@ def test_learned_prompts_show_the_class_and_differ(sampler, tiny_classifier, tmp
 
 
 def test_the_baselines_prompts():
-    texts, others = (prompts.plain("text", label, "kite", 20, 0) for label in (0, 1))
+    texts, others, again = (prompts.baseline_texts("text", label, "kite", 20, 0)
+                            for label in (0, 1, 0))
     words = [re.fullmatch(r"a (\w+) photo of (\w+) kite", text).groups() for text in texts]
     assert all({a, b} <= set(prompts.ADJECTIVES) and a != b for a, b in words)
-    assert texts == prompts.plain("text", 0, "kite", 20, 0) != others and len(set(texts)) > 15
-    assert prompts.plain("class", 0, "kite", 3, 0) == ["a photo of kite"] * 3
+    assert texts == again != others and len(set(texts)) > 15
+    assert prompts.baseline_texts("class", 0, "kite", 3, 0) == ["a photo of kite"] * 3
 
 
 def test_a_batch_that_does_not_fit_is_halved(workplace, command, refused, monkeypatch):

@@ -95,8 +95,9 @@ def fake_quantize(x, scale, zero_point, bits):
     where z = clip(round(z'), 0, 2^b - 1) is an integer at all times. [ours]
 
     "Differentiable uniform quantization" is [paper]; affine and per tensor is [ours]. With
-    straight-through rounding, autograd alone yields the gradients of LSQ (Esser 2020) and LSQ+
-    (Bhalgat 2020).
+    straight-through rounding, autograd alone yields the gradients of torch's learnable
+    fake-quantize operators: those of LSQ (Esser 2020) and LSQ+ (Bhalgat 2020), but that values are
+    clipped once they are rounded, so half a level further out.
     """
     return scale * quantize_activation(x, scale, zero_point, bits)
 
@@ -127,7 +128,7 @@ def fake_quantize_weight(weight, scale, bits):
 # between two levels.
 CLIPPING_GRID = torch.logspace(0.01, -2, 40)
 SAMPLE = 2 ** 15  # values of a tensor that Eq. (6) looks at
-MASSIVE = 3  # times the median squared norm: larger tokens are massive, in Eq. (6)
+MASSIVE = 3  # in Eq. (6), a token whose squared norm exceeds this many medians is massive
 
 
 def massive_token_weights(x):
@@ -199,8 +200,9 @@ class ActivationQuantizer(nn.Module):
         scale = self.log_scale.exp()
         if not self.enabled:
             return x / scale, scale
-        # Expanded to one per row, so that the fused kernel of the backward pass sums the gradient
-        # within the row, instead of writing all of it out to be summed later.
+        # One per row, for two reasons. Under autocast, a scalar would leave the division in x's
+        # bfloat16, too coarse for 8 bits; and the fused kernel of the backward pass sums the
+        # gradient within the row, instead of writing all of it out to be summed later.
         s, z = [number.expand(*x.shape[:-1], 1) for number in (scale, self.zero_point)]
         return quantize_activation(x, s, z, self.bits), scale
 
@@ -249,7 +251,7 @@ class QuantLinear(QuantWeight, nn.Linear):
     """y = s_x s_w (q_x q_w^T) + b, an integer product, then one factor per output channel; q_x is
     q - z of Eq. (1).
 
-    x (..., in) -> y (..., out). An nn.Linear still, as transformers reads its `weight`.
+    x (..., in) -> y (..., out). Still an nn.Linear, because transformers reads its `weight`.
     """
     sizes = "in_features", "out_features"  # what nn.Linear is made from
 
@@ -257,7 +259,7 @@ class QuantLinear(QuantWeight, nn.Linear):
         (q_x, s_x), (q_w, s_w) = self.input_quantizer(x), self.quantized_weight()
         product = F.linear(q_x, q_w)
         y = s_x * s_w * product
-        return (y if self.bias is None else y + self.bias).to(product.dtype)
+        return (y if self.bias is None else y + self.bias).to(product.dtype)  # under autocast
 
 
 class QuantConv2d(QuantWeight, nn.Conv2d):
@@ -312,8 +314,8 @@ def quantized_attention(module, query, key, value, attention_mask, scaling, **kw
     a = s_q * (s_k * scaling) * (q_q @ q_k.transpose(-1, -2)).float()  # (B, heads, T, T)
     if attention_mask is not None:
         a = a + attention_mask
-    # The maximum is not detached: the largest e of a row is always 1, so its score has a gradient
-    # through the other e alone.
+    # The maximum is not detached. The largest e of a row is always 1, so only the other e, from
+    # which the maximum is subtracted too, give its score a gradient.
     e = (a - a.amax(-1, keepdim=True)).exp()
     (q_e, s_e), (q_v, s_v) = module.exp_quantizer(e), module.value_quantizer(value)
     o = s_e * s_v * (q_e @ q_v).float() / e.sum(-1, keepdim=True)  # (B, heads, T, d)
@@ -407,18 +409,18 @@ def enable(model, enabled):
 
 
 def first_rescaling(x, weights):
-    """Eq. (7): r_c = sqrt(spread of channel c / rms of W's column c), geometric mean 1. [ours]
+    """Eq. (7): r_c = sqrt(magnitude of channel c / rms of W's column c), geometric mean 1. [ours]
 
     x: a LayerNorm's output, (images, positions, channels); weights: of the layers that read it,
-    (out, channels) each. Returns log r. Spread: the rms over images, at the position where it is
+    (out, channels) each. Returns log r. Magnitude: the rms over images, at the position where it is
     largest. x_c / r_c and r_c W_oc are then equally large: neither side carries the whole
     difference between the channels.
     """
     # The class token, one of 197, is large in other channels than the patches: a mean over
     # positions would miss it.
-    spread = x.square().mean(0).sqrt().amax(0)
+    magnitude = x.square().mean(0).sqrt().amax(0)
     rms = torch.cat(weights).square().mean(0).sqrt()
-    log_r = 0.5 * (spread.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
+    log_r = 0.5 * (magnitude.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
     return log_r - log_r.mean()
 
 
@@ -440,7 +442,7 @@ def initialize(model, pixels):
         return x * (-norm.log_r).exp()
 
     def set_scale(quantizer, inputs):
-        if quantizer in waiting:  # q, k and v call the one that they share three times
+        if quantizer in waiting:  # it runs three times where q, k and v share it
             weights = waiting.pop(quantizer)
             quantizer.initialize(*inputs, weights(*inputs))
 
@@ -476,9 +478,9 @@ POWERS_OF_3 = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
 def pack(q, bits):
     """Integers of `weight_range(bits)`, any shape -> a flat uint8 tensor.
 
-    Ternary: five weights a byte, as the digits of a number in base 3 (3^5 = 243 of 256 values: 1.6
-    bits a weight). Otherwise: `bits` bits a weight, least significant first, without gaps; the last
-    byte is filled with zeros.
+    Ternary: five weights per byte, as the digits of a number in base 3 (3^5 = 243 of 256 values:
+    1.6 bits per weight). Otherwise: `bits` bits per weight, least significant first, without gaps;
+    the last byte is filled with zeros.
     """
     unsigned = (q.numpy().ravel().astype(np.int16) - weight_range(bits)[0]).astype(np.uint8)
     if bits == TERNARY:
@@ -497,7 +499,7 @@ def unpack(packed, bits, shape):
         binary = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
         unsigned = np.packbits(binary.reshape(count, bits), axis=1, bitorder="little").ravel()
     q = torch.from_numpy((unsigned.astype(np.int16) + weight_range(bits)[0]).astype(np.int8))
-    if not torch.equal(pack(q, bits), packed):
+    if len(q) != count or not torch.equal(pack(q, bits), packed):
         raise ValueError(f"{packed.shape} of {packed.dtype} are not {count} weights of {bits} bits")
     return q.view(*shape)
 
@@ -605,4 +607,4 @@ def load_quantized(folder):
                 "not all numbers are finite", remedy)
         tensors = {name: tensors[name] for name, _ in model.named_parameters()}  # or a KeyError
         model.load_state_dict(tensors, strict=False)  # what q, k and v share is named once
-    return model.eval(), config
+    return model, config
