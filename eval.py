@@ -30,7 +30,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms.v2 import InterpolationMode, Resize, functional as VF
 from tqdm import tqdm
@@ -46,6 +45,8 @@ for size in ("tiny", "small", "base"):
     MODELS[f"swin_{size[0]}"] = f"microsoft/swin-{size}-patch4-window7-224"
 MODEL_HELP = f"{', '.join(MODELS)}, a hub id (owner/name), or a folder"
 CHUNK = 256  # pictures that are decoded together
+IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+                  if kind in Image.OPEN}
 
 transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="PIL|torch|diffusers")  # what matters is refused
@@ -205,6 +206,8 @@ def load_classifier(model, device="cpu"):
             require(tensor.isfinite().all(), what, f"{name} is not finite", "train it again")
         read = from_timm if "pretrained_cfg" in config else from_transformers
         family, config, renaming, preprocessing = read(what, config, tensors, folder)
+        if len(sides := set(np.ravel(config.image_size).tolist())) == 1:
+            config.image_size = sides.pop()  # of [224, 224], too
         with torch.device("meta"):  # no memory is taken yet: a wrong size may ask for any amount
             needed = family(config).num_parameters()
         held = sum(tensor.numel() for tensor in tensors.values())
@@ -222,7 +225,8 @@ def load_classifier(model, device="cpu"):
                 f"have {preprocessing.crop} pixels", "make them equal")
         network.requires_grad_(False)
         # whatever else does not fit together is seen now
-        network(preprocessing.of_pictures(torch.zeros(1, 3, side, side)))
+        logits = network(preprocessing.of_pictures(torch.zeros(1, 3, side, side))).logits
+        require(logits.isfinite().all(), what, "its logits are not finite", "train it again")
     return Classifier(network.to(device), preprocessing)
 
 
@@ -235,7 +239,7 @@ def from_transformers(what, config, tensors, folder):
     for field in ("quantization_config", "auto_map"):
         require(field not in config, what, field)
     layers = max(config.get("num_hidden_layers", 0), sum(config.get("depths", [])))
-    require(layers <= len(tensors), what, f"{layers} layers for {len(tensors)} tensors")
+    require(0 < layers <= len(tensors), what, f"{layers} layers for {len(tensors)} tensors")
     family = vitq.FAMILIES[architecture]
     require([*folder.glob("*processor_config.json")], what, "no preprocessor_config.json", "add it")
     processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -250,6 +254,7 @@ TIMM_NAMES = {
     r"^cls_token": "embeddings.cls_token", r"^dist_token": "embeddings.distillation_token",
     r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
     r"^pos_embed": "embeddings.position_embeddings", r"^head_dist\.": "distillation_classifier."}
+TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12}  # of attention
 # what timm may be told of a ViT: followed, told by the tensors too, or of no effect after training
 TIMM_ARGUMENTS = {"img_size", "num_heads", "num_classes", "qkv_bias", "embed_dim", "depth",
                   "patch_size", "mlp_ratio", "weight_init", "drop_rate", "pos_drop_rate",
@@ -265,32 +270,36 @@ def from_timm(what, config, tensors, folder):
     """
     architecture, pretrained = config.get("architecture", ""), config["pretrained_cfg"]
     arguments = config.get("model_args") or {}
-    require(re.fullmatch(r"(vit|deit)_(tiny|small|base)(_distilled)?_patch\d+_\d+", architecture),
-            what, architecture, "give a tiny, small or base ViT or DeiT; for Swin, --model swin_t")
+    known = re.fullmatch(r"(vit|deit)_(tiny|small|base)(_distilled)?_patch\d+_\d+", architecture)
+    require(known, what, architecture,
+            "give a tiny, small or base ViT or DeiT; for Swin, --model swin_t")
     for field, value in [*config.items(), *arguments.items()]:
         require(value in (TIMM_PLAIN.get(field, value), None), what, f"{field} {value}")
     unknown = ", ".join(sorted(arguments.keys() - TIMM_PLAIN.keys() - TIMM_ARGUMENTS))
     require(not unknown, what, f"{unknown} in model_args")
-    classes = config["num_classes"]
-    require(classes > 0, what, "num_classes 0")
+    classes = {**pretrained, **config}["num_classes"]
     names = config.get("label_names") or pretrained.get("label_names") or (
         ResNet18_Weights.DEFAULT.meta["categories"] if classes == 1000 else [])
     names = names if isinstance(names, dict) else dict(enumerate(names))
     require(len(names) in (0, classes), what, f"{len(names)} label_names for {classes} classes")
     preprocessing = timm_preprocessing(what, pretrained)
     for name in list(tensors):
-        tensors[re.sub(r"^((module|_orig_mod|timm_model|model)\.)*", "", name)] = tensors.pop(name)
+        bare = re.sub(r"^((module|_orig_mod|timm_model|model)\.)*", "", name)
+        require(bare == name or bare not in tensors, what, f"holds both {bare} and {name}")
+        tensors[bare] = tensors.pop(name)
     family, head = (transformers.DeiTForImageClassificationWithTeacher, "cls_classifier.") \
         if "dist_token" in tensors else (transformers.ViTForImageClassification, "classifier.")
     hidden = tensors["cls_token"].shape[-1]
     config = family.config_class(
-        # 64 to a head, in every size of timm's; without names, LABEL_0, LABEL_1, ...
-        hidden_size=hidden, num_attention_heads=arguments.get("num_heads", hidden // 64),
+        # 64 to a head in each size of timm's; another width leaves their number as it is
+        hidden_size=hidden, num_attention_heads=arguments.get(
+            "num_heads", TIMM_HEADS[known[2]] if "embed_dim" in arguments else hidden // 64),
         num_hidden_layers=sum(name.endswith(".norm1.weight") for name in tensors),
         intermediate_size=len(tensors["blocks.0.mlp.fc1.weight"]), layer_norm_eps=1e-6,
         patch_size=tensors["patch_embed.proj.weight"].shape[-1],
         image_size=arguments.get("img_size", preprocessing.crop),
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors, num_labels=classes, id2label=names or None)
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors, num_labels=classes,
+        id2label=names or None)  # LABEL_0, LABEL_1, ...
     # timm has the three projections in one matrix, (3 * hidden, hidden)
     for name in [name for name in tensors if ".qkv." in name]:
         for part, chunk in zip("qkv", tensors.pop(name).chunk(3)):
@@ -301,18 +310,19 @@ def from_timm(what, config, tensors, folder):
 # -------------------- Images
 
 def list_images(folder):
-    """All image files below a folder, sorted. Links are followed; names that begin with a dot are
-    passed over, and generate.py's overviews, grid.png. Raises BadInput if there are none."""
+    """All files below a folder that Pillow has a decoder for, sorted. Links are followed; names
+    that begin with a dot are passed over, and generate.py's overviews, grid.png. Raises BadInput if
+    there are none."""
     def walk(folder, above=()):
         # a link that leads back ends here
         for path in folder.iterdir() if folder.is_dir() and folder.resolve() not in above else ():
             if path.is_dir() and path.name[0] != ".":
                 yield from walk(path, (*above, folder.resolve()))
-            elif path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != ".":
+            elif path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".":
                 yield path
 
     paths = sorted(path for path in walk(Path(folder)) if path.name != "grid.png")
-    require(paths, folder, "no folder with images", f"looked for {' '.join(IMG_EXTENSIONS)}")
+    require(paths, folder, "no folder with images", "looked for .jpg, .png, .webp and their like")
     return paths
 
 
@@ -341,9 +351,11 @@ def find_class(name, names, what="class"):
             f"give the index, {' or '.join(map(str, found))}")
     require(found, f"{what} {name!r}", f"is none of the model's {len(names)} classes",
             f"give an index below {len(names)} or a name, such as {names[0]}")
-    said, meant = (set(re.findall(r"[^\W_]+", canonical(text)))
-                   for text in (re.sub("^[0-9]+_", "", name), names[found[0]]))
+    rest = re.sub("^[0-9]+_", "", name)
+    said, meant = (set(re.findall(r"[^\W_]+", canonical(text))) for text in (rest, names[found[0]]))
     if not said <= meant:
+        require(set(classes_named(rest, names)) <= set(found), f"{what} {name!r}",
+                f"class {found[0]} is {names[found[0]]}", "give the index or the name alone")
         print(f"{what} {name!r} is taken for index {found[0]}: {names[found[0]]}", file=sys.stderr)
     return found[0]
 
@@ -360,10 +372,16 @@ def labelled_images(folder, names):
     if len(loose) == len(paths):
         return paths, None
     require(not loose, folder, f"{loose[:3]} beside the class folders", "move them into one")
-    folders = sorted(set(owners))
-    by_rank = len(folders) == len(names) and all(re.fullmatch("n[0-9]{8}", one) for one in folders)
+    folders = sorted(path.name for path in Path(folder).iterdir()
+                     if path.is_dir() and path.name[0] != ".")
+    empty = sorted({*folders} - {*owners})
+    require(not empty, folder, f"{empty[:3]} without images", "remove what is empty")
+    by_rank = len(folders) == len(names) and all(
+        re.fullmatch("n[0-9]{8}", one) and not classes_named(one, names) for one in folders)
     index = {one: rank if by_rank else find_class(one, names, f"{folder}: class folder")
              for rank, one in enumerate(folders)}
+    twice = [one for one in folders if [*index.values()].count(index[one]) > 1]
+    require(not twice, folder, f"{twice[:3]} mean one class", "name all by index or all by name")
     return paths, [index[one] for one in owners]
 
 
@@ -546,7 +564,7 @@ def start(name):
         if name in (None, "cuda") and torch.cuda.is_available():
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process a number
         device = torch.empty(1, device=name or "cpu").device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise BadInput(f"device {name!r} is not available here; give --device cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -561,7 +579,7 @@ def run(main):
     try:
         main()
     except (BadInput, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("memory|Symlink loop", str(error)):
             raise
         message = (str(error) or type(error).__name__).splitlines()[0]
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -583,12 +601,20 @@ def source_of(model):
     return str(Path(model).resolve()) if model not in MODELS and Path(model).is_dir() else model
 
 
+def load_result(folder):
+    """A quantized `Classifier`, and its configuration, from a folder of quantize.py."""
+    model, config = vitq.load_quantized(folder)
+    with reading(folder, "quantize it again, with quantize.py"):
+        return Classifier(model, Preprocessing(**config["preprocessing"])), config
+
+
 def original(config, needed):
     """The full-precision model of a quantized one; None if it is not there, unless it is needed."""
     try:
-        model = load_classifier(config["source"]).model
-        if vitq.fingerprint(model) != config["weights"]:
-            raise BadInput(f"model {config['source']}: has other weights than those quantized")
+        source = str(config.get("source"))
+        model = load_classifier(source).model
+        if vitq.fingerprint(model) != config.get("weights"):
+            raise BadInput(f"model {source}: has other weights than those quantized")
         return model
     except BadInput as error:
         if needed:
@@ -600,9 +626,9 @@ def main():
     args = parser().parse_args()
     device, models = start(args.device), {}
     if vitq.read_config(args.model):
-        model, config = vitq.load_quantized(args.model)
-        classifier = Classifier(model, Preprocessing(**config["preprocessing"]))
-        models[config["bits"]] = model, Path(args.model, "model.safetensors").stat().st_size / 1e6
+        classifier, config = load_result(args.model)
+        size = Path(args.model, "model.safetensors").stat().st_size / 1e6
+        models[config["bits"]] = classifier.model, size
     else:
         classifier = load_classifier(args.model)
     paths, labels = labelled_images(args.data, classifier.class_names)

@@ -22,7 +22,7 @@ from torch.onnx.ops import symbolic
 from transformers import AttentionInterface, AutoConfig
 
 import vitq
-from eval import Parser, Preprocessing, decode, list_images, require, run
+from eval import Parser, decode, list_images, load_result, require, run
 
 OPSET = 25  # the first with integers of two bits
 BATCHES, SECONDS = (1, 32), 10  # whose times are printed, and how long each is measured
@@ -177,7 +177,8 @@ def parser():
 
 def main():
     args = parser().parse_args()
-    model, config = vitq.load_quantized(args.model)
+    classifier, config = load_result(args.model)
+    model, preprocessing = classifier.model, classifier.preprocessing
     paths, side = list_images(args.data) if args.data else [], model.config.image_size
     patch = model.config.patch_size  # a number, or one for the height and one for the width
     require(np.ptp(patch) == 0 and side % np.max(patch) == 0, args.model, f"patch_size {patch} "
@@ -188,7 +189,7 @@ def main():
                             vitq.parse_bits(config["bits"])[0])
     protos = {"float32": to_onnx(original), f"{config['bits']} integers": integers}
     path = Path(args.model) / "model.onnx"
-    vitq.write_whole(path, integers.SerializeToString())
+    vitq.write_whole({path: integers.SerializeToString()})
 
     sessions = [session_of(proto) for proto in protos.values()]
     times = [milliseconds(sessions, side, batch) for batch in BATCHES]
@@ -197,7 +198,7 @@ def main():
     for (name, proto), *row in zip(protos.items(), *times):
         print(f"{name:15}{proto.ByteSize() / 1e6:10.2f} MB" + "".join(f"{ms:10.2f}" for ms in row))
     if paths:
-        same = agreement(sessions[-1], model, Preprocessing(**config["preprocessing"]), paths)
+        same = agreement(sessions[-1], model, preprocessing, paths)
         print(f"{100 * np.mean(same):.2f} % of {len(same)} images get the first class torch gives")
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import CLIPTextModel
 
 import prompts
-from eval import (MODEL_HELP, Parser, decode, find_class, list_images, load_classifier,
-                  rank_and_processes, require, run, source_of, start, whole_number)
+from eval import (MODEL_HELP, Parser, decode, find_class, load_classifier, rank_and_processes,
+                  require, run, source_of, start, whole_number)
 from vitq import fingerprint, reading, write_whole
 
 # cuBLAS adds in the same order each time only with a workspace of fixed size; it reads this once
@@ -145,11 +145,13 @@ def picture_paths(folder, modes, per_mode):
 def is_done(folder, settings, per_mode):
     """Whether all of a class's pictures are there; the grid is written last.
 
-    Raises BadInput if the class was made with other settings.
+    Raises BadInput if the class was made with other settings, or not by this script.
     """
     made, grid = folder / PROMPTS_FILE, folder / "grid.png"
     if made.exists():
         prompts.load_prompts(made, settings)
+    require(made.exists() or not [*folder.glob("[!.]*")], folder, f"has files, but no {made.name}",
+            "name another folder with --out")
     paths = [made, grid, *picture_paths(folder, settings["modes"], per_mode)]
     return all(path.is_file() and path.stat().st_size for path in paths)
 
@@ -157,7 +159,7 @@ def is_done(folder, settings, per_mode):
 def write_png(picture, path):
     """uint8 (3, H, W) -> a file that appears whole or not at all."""
     VF.to_pil_image(picture).save(file := io.BytesIO(), "png")
-    write_whole(path, file.getvalue())
+    write_whole({path: file.getvalue()})
 
 
 def paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch):
@@ -231,7 +233,7 @@ def summary(out, classifier, labels, device):
     their class, and the mean cosine of two phi within a class: the lower, the more diverse."""
     hits, cosines = [], []
     for label in labels:
-        paths = list_images(class_folder(out, label, classifier.class_names))
+        paths = sorted(class_folder(out, label, classifier.class_names).glob("m*_*.png"))
         pixels = torch.cat([some for _, some in decode(paths, VF.pil_to_tensor, "looking")])
         seen = [classifier.features(some.to(device) / 255) for some in pixels.split(64)]
         logits, phi = map(torch.cat, zip(*seen))

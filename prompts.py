@@ -222,8 +222,9 @@ def save_prompts(path, texts, pseudo_tokens, settings):
     """One class's prompts: the pseudo-tokens in float16 (164 kB for 20 modes of SD-Turbo), the rest
     as metadata. Their numbers are about 0.01, where float16 is finer than bfloat16."""
     settings = torch.tensor([*json.dumps(settings).encode()], dtype=torch.uint8)
-    write_whole(path, save({"pseudo_tokens": pseudo_tokens.half().cpu(), "settings": settings},
-                           {"texts": json.dumps(texts)}))  # of two items, the order would vary
+    tensors = {"pseudo_tokens": pseudo_tokens.half().cpu(), "settings": settings}
+    # one item of metadata: of several, the order would vary
+    write_whole({path: save(tensors, {"texts": json.dumps(texts)})})
 
 
 def load_prompts(path, settings):

@@ -334,7 +334,8 @@ def main():
         metrics["results"] = evaluate({
             FULL_PRECISION: (teacher, full_size), f"{args.bits} {args.method}": (student, size)},
             preprocessing, *data, device)
-    vitq.write_whole(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
+    metrics = json.dumps(metrics, indent=1, default=str)
+    vitq.write_whole({args.out / "metrics.json": metrics.encode()})
 
 
 if __name__ == "__main__":

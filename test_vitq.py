@@ -368,26 +368,26 @@ def test_packing_round_trips_at_every_length(bits):
 # -------------------- Checkpoints of others
 
 class TimmsNetwork(nn.Module):
-    """timm's ViT or distilled DeiT, two blocks of two heads, from torch's own layers."""
+    """timm's ViT or distilled DeiT, two blocks of three heads, from torch's own layers."""
 
     def __init__(self, distilled):
         super().__init__()
         self.patch_embed = nn.Sequential()
-        self.patch_embed.proj = nn.Conv2d(3, 128, 8, 8)
-        self.pos_embed = nn.Parameter(torch.zeros(1, 17 + distilled, 128))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, 128))
+        self.patch_embed.proj = nn.Conv2d(3, 192, 8, 8)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 17 + distilled, 192))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 192))
         self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(
-            128, 2, 512, 0, "gelu", 1e-6, batch_first=True, norm_first=True) for _ in range(2)))
-        self.norm, self.head = nn.LayerNorm(128, 1e-6), nn.Linear(128, 10)
+            192, 3, 768, 0, "gelu", 1e-6, batch_first=True, norm_first=True) for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(192, 1e-6), nn.Linear(192, 10)
         if distilled:
-            self.dist_token = nn.Parameter(torch.zeros(1, 1, 128))
-            self.head_dist = nn.Linear(128, 10)
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, 192))
+            self.head_dist = nn.Linear(192, 10)
 
     def forward(self, pixels):
         names = ("cls_token", "dist_token")
         tokens = [getattr(self, name) for name in names if hasattr(self, name)]
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([*(token.expand(len(pixels), 1, 128) for token in tokens), patches], 1)
+        x = torch.cat([*(token.expand(len(pixels), 1, 192) for token in tokens), patches], 1)
         x = self.norm(self.blocks(x + self.pos_embed))
         logits = self.head(x[:, 0])
         return logits if len(tokens) == 1 else (logits + self.head_dist(x[:, 1])) / 2
@@ -445,7 +445,8 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(50, 200, (9, 12, 3))
 @pytest.mark.parametrize("changes", [
     dict(), dict(prefix="module._orig_mod."), dict(prefix="timm_model."),
     dict(config=dict(label_names=list(BIRDS.values()), global_pool="token")),
-    dict(config=dict(label_names=BIRDS, model_args={"num_heads": 4, "img_size": 32})),
+    dict(config=dict(architecture="vit_small_patch16_224", model_args={"embed_dim": 192})),
+    dict(config=dict(label_names=BIRDS, model_args={"num_heads": 4, "img_size": [32, 32]})),
     dict(processor=dict(label_names=BIRDS, crop_mode="squash")),
     dict(processor=dict(label_names=list(BIRDS.values()), crop_mode="center")),
     dict(config=dict(model_args={"qkv_bias": False, "drop_path_rate": 0.1}),
@@ -456,9 +457,10 @@ def test_timms_checkpoints_against_torchs_own_layers(kind, changes, tmp_path):
     files = ["a.safetensors", "b.safetensors"] if "distilled" in kind else ["model.safetensors"]
     rewrite(tmp_path, files=files, **changes)
     config, processor = changes.get("config", {}), changes.get("processor", {})
+    heads = 6 if "architecture" in config else 3  # timm's small and tiny, whatever their width
     for block in network.blocks:
-        block.self_attn.num_heads = config.get("model_args", {}).get("num_heads", 2)
-        block.self_attn.head_dim = 128 // block.self_attn.num_heads
+        block.self_attn.num_heads = config.get("model_args", {}).get("num_heads", heads)
+        block.self_attn.head_dim = 192 // block.self_attn.num_heads
     classifier, pixels = evaluation.load_classifier(str(tmp_path)), torch.randn(3, 3, 32, 32)
     assert_close(classifier.model(pixels).logits, network(pixels), rtol=1e-4, atol=1e-3)
     name = "bird {}" if "label_names" in {**config, **processor} else "LABEL_{}"
@@ -494,7 +496,7 @@ LEGACY = dict(image_processor_type=..., feature_extractor_type="DeiTFeatureExtra
 def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
     """On a photograph, of a checkpoint of two files; and nearly so on a painted picture."""
     hub_folder(tmp_path)
-    rewrite(tmp_path, processor=options, files=["a.safetensors", "b.safetensors"])
+    rewrite(tmp_path, dict(image_size=[32, 32]), options, files=["a.safetensors", "b.safetensors"])
     classifier = evaluation.load_classifier(str(tmp_path))
     preprocessing, model = classifier.preprocessing, classifier.model
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
@@ -509,15 +511,16 @@ def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
 
 
 @pytest.mark.parametrize("kind, part, changes, fragment", [
-    ("timm", "config", {"num_classes": 0}, "num_classes 0"),
+    ("timm", "config", {"num_classes": 0}, "unexpected_keys: classifier"),
     ("timm", "config", {"global_pool": "avg"}, "global_pool avg"),
     *(("timm", "config", {"model_args": {name: value}}, f"{name} {value}") for name, value in (
         ("global_pool", "map"), ("fc_norm", True), ("class_token", False), ("in_chans", 1))),
     ("timm", "config", {"model_args": {"reg_tokens": 4}}, "reg_tokens in model_args"),
     ("timm", "config", {"model_args": {"img_size": 40}}, "position_embeddings"),
-    *(("timm", "tensors", {name: torch.ones(128)}, f"unexpected_keys: {name};") for name in (
+    *(("timm", "tensors", {name: torch.ones(192)}, f"unexpected_keys: {name};") for name in (
         "reg_token", "fc_norm.weight", "norm_pre.bias")),
-    ("timm", "tensors", {"blocks.0.ls1.gamma": torch.ones(128)}, "ls1.gamma; give"),
+    ("timm", "tensors", {"model.norm.bias": torch.ones(192)}, "both norm.bias and model.norm.bias"),
+    ("timm", "tensors", {"blocks.0.ls1.gamma": torch.ones(192)}, "ls1.gamma; give"),
     ("timm", "tensors", {"norm.weight": ...}, "layernorm.weight; give"),
     ("timm", "tensors", {"head.bias": torch.full((10,), torch.nan)}, "head.bias is not finite"),
     ("timm", "processor", {"crop_mode": "border"}, "crop_mode border"),
@@ -539,7 +542,9 @@ def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
     *(("hub", "config", {"id2label": names}, "id2label") for names in (
         {i + 1: name for i, name in BIRDS.items()}, {i: i for i in BIRDS}, {**BIRDS, 3: ""})),
     ("hub", "config", {"id2label": {0: "kite", 1: "crane"}}, "mismatched_keys"),
-    ("hub", "config", {"num_hidden_layers": 10 ** 9}, "1000000000 layers"),
+    *(("hub", "config", {"num_hidden_layers": n}, f"{n} layers") for n in (0, 10 ** 9)),
+    ("hub", "config", {"image_size": [64, 16]}, "image_size is [64, 16]"),
+    ("hub", "tensors", {"classifier.weight": torch.full((10, 32), 3e38)}, "logits are not"),
     *(("hub", "config", {name: 2 ** 17}, "config.json describes") for name in (
         "hidden_size", "intermediate_size")),
     ("hub", "tensors", {"extra": torch.zeros(3)}, "unexpected_keys: extra"),
@@ -996,8 +1001,10 @@ def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, mo
     refused(GENERATE, "learning_rate 0.05, not 1.0")
     (folder / "prompts.safetensors").write_bytes(b"")
     refused(GENERATE, "prompts.safetensors", "damaged")
-    (folder / "prompts.safetensors").unlink()  # nothing says what the pictures were made with
-    assert not generate.is_done(folder, {"modes": 3}, 2)
+    (folder / "prompts.safetensors").unlink()  # nothing says whose the pictures are
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused(GENERATE, str(folder), "no prompts.safetensors", "--out")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
 def metrics(folder):
@@ -1286,6 +1293,10 @@ def test_eval_without_labels_and_without_the_original(workplace, command, refuse
     assert 0 <= float(row[0]) <= float(row[1]) <= 100
     Path("vit_t").rmdir()
     refused("eval.py --model q --data photos", "vit_t")
+    vitq.save_quantized(vitq.fold(quantized("vit", "w4a4")[1]), Path("own"), {
+        "bits": "w4a4", "edge_bits": 8})
+    for script in ("eval.py", "export.py"):
+        refused(f"{script} --model own --data photos", "own", "preprocessing", "quantize.py")
     err = command("eval.py --model swin_t --data photos", status=2).err
     assert "swin-tiny" in err and "./swin_t" in err
 
@@ -1324,10 +1335,21 @@ def test_class_folders(tmp_path, capsys):
         (tmp_path / "val" / wnid).mkdir(parents=True)
         (tmp_path / "val" / wnid / f"{rank}.jpg").touch()
     assert evaluation.labelled_images(tmp_path / "val", names)[1] == [0, 1, 2, 3]  # by rank
+    synsets = ["n01443537", "n01440764", "n01491361, hen", "n01484850"]
+    assert evaluation.labelled_images(tmp_path / "val", synsets)[1] == [1, 0, 3, 2]  # by name
     (tmp_path / "val" / "n01440764").rename(tmp_path / "val" / "kite")
     for folder, name in ((tmp_path, "val"), (tmp_path / "val", "n01443537")):
         with pytest.raises(vitq.BadInput, match=f"'{name}': is none of the model's 4"):
             evaluation.labelled_images(folder, names)
+    for files, fragment in ((("0/0.jpg", "kite/1.jpg"), "'0', 'kite'. mean one class"),
+                            (("2/0.jpg", "hen/notes.txt"), "'hen'. without images"),
+                            (("0001_kite/0.jpg",), "'0001_kite': class 1 is crane")):
+        for path in (tmp_path / fragment[:6] / file for file in files):
+            path.parent.mkdir(parents=True)
+            path.touch()
+        with pytest.raises(vitq.BadInput, match=fragment):
+            evaluation.labelled_images(tmp_path / fragment[:6], names)
+    capsys.readouterr()
     assert [evaluation.find_class(one, names) for one in ("2", "0_kite", "0001_hen")] == [2, 0, 1]
     assert capsys.readouterr().err.splitlines() == [
         "class '2' is taken for index 2: great white shark",
@@ -1336,14 +1358,14 @@ def test_class_folders(tmp_path, capsys):
 
 def test_which_files_are_images(tmp_path):
     """Links are followed, but not round in a loop, and names that begin with a dot passed over."""
-    for path in ("store/kite/0.png", "store/1.JPEG", "val/hen/2.webp", "val/hen/.3.png",
+    for path in ("store/kite/0.png", "store/1.JPEG", "val/hen/2.gif", "val/hen/.3.png",
                  "val/.old/4.png", "val/hen/grid.png", "val/hen/notes.txt", "val/hen/5.jpg/6.tif"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     for link, target in (("val/kite", "store/kite"), ("val/hen/1.jpg", "store/1.JPEG"),
                          ("val/hen/loop", "val"), ("store/kite/to", "store/kite"), ("all", "val")):
         (tmp_path / link).symlink_to(tmp_path / target)
-    found = ["hen/1.jpg", "hen/2.webp", "hen/5.jpg/6.tif", "kite/0.png"]
+    found = ["hen/1.jpg", "hen/2.gif", "hen/5.jpg/6.tif", "kite/0.png"]
     for folder in ("val", "all"):
         assert evaluation.list_images(tmp_path / folder) == [tmp_path / folder / f for f in found]
     assert evaluation.labelled_images(tmp_path / "val", ["hen", "kite"])[1] == [0, 0, 0, 1]
@@ -1393,6 +1415,8 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     (f"{QUANTIZE} --bits w4a4 --device cuda:99", ["cuda:99", "--device cpu"]),
     (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
     (f"{QUANTIZE} --bits w4a4 --out photos/0.jpg/q", ["photos/0.jpg", "--out"]),
+    (f"{QUANTIZE} --bits w4a4 --out dangling/q", ["dangling", "--out"]),
+    ("eval.py --model loop --data photos", ["loop"]),
     (f"{QUANTIZE} --bits w4a4 --data nowhere", ["nowhere", "no folder with images"]),
     (f"{QUANTIZE} --bits w4a4 --data=", ["argument is empty"]),
     (f"{QUANTIZE} nowhere --bits w4a4", ["nowhere", "no folder with images"]),
@@ -1412,6 +1436,8 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     ("tiny/shapes.py photos", ["not an empty folder"]),
     ("tiny/shapes.py drawn --per-class 0", ["at least 1"])])
 def test_bad_input_is_one_line_and_status_2(line, fragments, workplace, refused):
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nowhere")
     refused(line, *fragments)
 
 
@@ -1447,7 +1473,7 @@ def test_a_full_disk_loses_nothing(workplace, command, monkeypatch):
     before = [path.read_bytes() for path in sorted(Path("old").iterdir())]
 
     def full(path, data):
-        if path.parts[0] in ("old", "new", "generated"):
+        if path.parts[0] in ("old", "new", "generated") and "config" not in path.name:
             write(path, data[:100])
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write(path, data)

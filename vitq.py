@@ -504,22 +504,26 @@ def unpack(packed, bits, shape):
     return q.view(*shape)
 
 
-def write_whole(path, data):
-    """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
-    for left in path.parent.glob(f".{path.name}.*"):
+def write_whole(files):
+    """Write files, path -> bytes, of one folder: all of them appear, whole, or none does. Clears
+    what a killed process left."""
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    for left in (left for path in files for left in path.parent.glob(f".{path.name}.*")):
         with suppress(ValueError, OverflowError, PermissionError):  # no number, or another user's
             try:
                 os.kill(int(left.suffix[1:]), 0)  # signal 0 asks only whether the process is there
             except ProcessLookupError:
                 left.unlink(missing_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
+        for path, data in files.items():
+            asides[path].write_bytes(data)
+        for path in files:
+            os.replace(asides[path], path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        aside.unlink(missing_ok=True)
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
 
 
 def checksum(text, tensors):
@@ -540,8 +544,8 @@ def save_quantized(model, folder, about):
     """Write a folded model to `folder`: model.safetensors, and config.json for people to read.
 
     `about` is a dictionary stored beside the network's own configuration: the bits and edge_bits of
-    `quantize_modules`, and whatever else. Returns the size in bytes. Raises BadInput if a number is
-    not finite.
+    `quantize_modules`; for eval.py and export.py also preprocessing, source and weights, as
+    quantize.py has them. Returns the size in bytes. Raises BadInput if a number is not finite.
     """
     tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
     require(all(tensor.isfinite().all() for tensor in tensors.values()), "result",
@@ -555,10 +559,9 @@ def save_quantized(model, folder, about):
     config = json.dumps(config, indent=1)
     data = save(tensors, {"config": config})  # one file, so that weights and bits cannot part
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "model.safetensors", data)
+    write_whole({folder / "config.json": config.encode(), folder / "model.safetensors": data})
     for older in ("model.onnx", "metrics.json"):  # of the result that was here before
         (folder / older).unlink(missing_ok=True)
-    write_whole(folder / "config.json", config.encode())
     return len(data)
 
 
@@ -580,7 +583,7 @@ def check_output(folder, identity):
     for name, value in identity.items() if config else ():
         require(config.get(name) == value, folder,
                 f"holds a result with {name} {config.get(name)}, not {value}", remedy)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     require(there.is_dir() and os.access(there, os.W_OK), folder,
             f"{there} is not a folder that can be written to", remedy)
 
