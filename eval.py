@@ -578,7 +578,7 @@ def run(main):
     """Run a command; what a user can cause ends it with one line on stderr and exit status 2."""
     try:
         main()
-    except (BadInput, OSError, MemoryError, RuntimeError) as error:
+    except (BadInput, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and not re.search("memory|Symlink loop", str(error)):
             raise
         message = (str(error) or type(error).__name__).splitlines()[0]

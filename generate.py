@@ -262,7 +262,8 @@ def parser():
 
 def settings_of(model, classifier, generator=None, kind="learned", modes=MODES, seed=0):
     """All that the prompts of a class depend on, as it is written beside them."""
-    generator = source_of(generator) if generator else TINY_TURBO if model == "tiny" else SD_TURBO
+    generator = generator or (TINY_TURBO if model == "tiny" else SD_TURBO)
+    generator = generator if generator == TINY_TURBO else source_of(generator)
     return dict(weights=fingerprint(classifier.model), generator=generator, prompts=kind,
                 modes=modes, seed=seed, **(prompts.constants() if kind == "learned" else {}))
 

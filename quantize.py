@@ -239,7 +239,7 @@ def parser():
     add("--data", metavar="DIR", help="images for the last table: a folder per class, or no labels")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
     add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
-    add("--steps", type=whole_number(1), help=f"default: {STEPS}; tiny {TINY_STEPS}; rtn 0")
+    add("--steps", type=whole_number(1), help=f"default: {STEPS}; tiny {TINY_STEPS}")
     add("--batch", type=whole_number(1), help=f"per process (default: {BATCH}; tiny {TINY_BATCH})")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     add("--out", metavar="DIR", help="default: quantized/<model>-<bits>, for a baseline -<method>")
@@ -250,6 +250,8 @@ def parse():
     """The command line, with the defaults that depend on --model and --method."""
     args = parser().parse_args()
     vitq.parse_bits(args.bits)
+    require(args.method != "rtn" or not (args.steps or args.batch), "--method rtn",
+            "it trains nothing", "leave out --steps and --batch")
     steps, batch = (TINY_STEPS, TINY_BATCH) if args.model == "tiny" else (STEPS, BATCH)
     args.steps = 0 if args.method == "rtn" else args.steps or steps
     args.batch = args.batch or batch

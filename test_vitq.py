@@ -994,6 +994,7 @@ def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, mo
     assert np.abs(after - before).max() <= 1 and np.abs(before[0] - before[2]).max() > 50
     monkeypatch.setattr(generate, "OneStepSampler", None)  # nothing is missing: nothing is loaded
     command(GENERATE)
+    command(f"{GENERATE} --generator {generate.TINY_TURBO}")
     for other in ("--modes 4", "--seed 1", "--prompts text --out generated/tiny"):
         refused(f"{GENERATE} {other}", "prompts.safetensors", other.split()[1], "another folder")
     refused(f"{GENERATE} --model vit_t --out generated/tiny", "weights")
@@ -1412,6 +1413,7 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     (f"{QUANTIZE} --bits w4a4 --seed 9223372036854775808", ["--seed", "whole number"]),
     (f"{GENERATE} --seed -1", ["--seed", "0 or more"]),
     (f"{QUANTIZE} --bits w4a4 --method sequential", ["sequential", "joint"]),
+    (f"{QUANTIZE} --bits w4a4 --method rtn --steps 9", ["rtn", "--steps"]),
     (f"{QUANTIZE} --bits w4a4 --device cuda:99", ["cuda:99", "--device cpu"]),
     (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
     (f"{QUANTIZE} --bits w4a4 --out photos/0.jpg/q", ["photos/0.jpg", "--out"]),
