@@ -30,6 +30,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms.v2 import InterpolationMode, Resize, functional as VF
 from tqdm import tqdm
@@ -45,8 +46,7 @@ for size in ("tiny", "small", "base"):
     MODELS[f"swin_{size[0]}"] = f"microsoft/swin-{size}-patch4-window7-224"
 MODEL_HELP = f"{', '.join(MODELS)}, a hub id (owner/name), or a folder"
 CHUNK = 256  # pictures that are decoded together
-IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
-                  if kind in Image.OPEN}
+IMAGE_SUFFIXES = *IMG_EXTENSIONS, ".avif", ".gif", ".jfif", ".jp2"
 
 transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="PIL|torch|diffusers")  # what matters is refused
@@ -310,9 +310,8 @@ def from_timm(what, config, tensors, folder):
 # -------------------- Images
 
 def list_images(folder):
-    """All files below a folder that Pillow has a decoder for, sorted. Links are followed; names
-    that begin with a dot are passed over, and generate.py's overviews, grid.png. Raises BadInput if
-    there are none."""
+    """All image files below a folder, sorted. Links are followed; names that begin with a dot are
+    passed over, and generate.py's overviews, grid.png. Raises BadInput if there are none."""
     def walk(folder, above=()):
         # a link that leads back ends here
         for path in folder.iterdir() if folder.is_dir() and folder.resolve() not in above else ():
@@ -322,7 +321,7 @@ def list_images(folder):
                 yield path
 
     paths = sorted(path for path in walk(Path(folder)) if path.name != "grid.png")
-    require(paths, folder, "no folder with images", "looked for .jpg, .png, .webp and their like")
+    require(paths, folder, "no folder with images", f"looked for {' '.join(IMAGE_SUFFIXES)}")
     return paths
 
 
@@ -353,8 +352,8 @@ def find_class(name, names, what="class"):
             f"give an index below {len(names)} or a name, such as {names[0]}")
     rest = re.sub("^[0-9]+_", "", name)
     said, meant = (set(re.findall(r"[^\W_]+", canonical(text))) for text in (rest, names[found[0]]))
-    if not said <= meant:
-        require(set(classes_named(rest, names)) <= set(found), f"{what} {name!r}",
+    if not said <= meant:  # else fine: ImageNet has a "crane" and a "crane bird"
+        require({*classes_named(rest, names)} <= {*found}, f"{what} {name!r}",
                 f"class {found[0]} is {names[found[0]]}", "give the index or the name alone")
         print(f"{what} {name!r} is taken for index {found[0]}: {names[found[0]]}", file=sys.stderr)
     return found[0]
@@ -363,8 +362,8 @@ def find_class(name, names, what="class"):
 def labelled_images(folder, names):
     """Images and their labels: (paths, class indices), or (paths, None) if there are no subfolders.
 
-    A subfolder is a class, by name or by index, or, if all are called as ImageNet's, n01440764, and
-    there are as many as classes, by rank. Raises BadInput for one that matches no class.
+    A subfolder is a class, by name or by index, or, if as many as there are classes are called as
+    ImageNet's, n01440764, by rank. Raises BadInput for one with images that matches no class.
     """
     paths = list_images(folder)
     owners = [path.relative_to(folder).parts[0] for path in paths]
@@ -372,15 +371,14 @@ def labelled_images(folder, names):
     if len(loose) == len(paths):
         return paths, None
     require(not loose, folder, f"{loose[:3]} beside the class folders", "move them into one")
-    folders = sorted(path.name for path in Path(folder).iterdir()
-                     if path.is_dir() and path.name[0] != ".")
-    empty = sorted({*folders} - {*owners})
-    require(not empty, folder, f"{empty[:3]} without images", "remove what is empty")
-    by_rank = len(folders) == len(names) and all(
-        re.fullmatch("n[0-9]{8}", one) and not classes_named(one, names) for one in folders)
-    index = {one: rank if by_rank else find_class(one, names, f"{folder}: class folder")
-             for rank, one in enumerate(folders)}
-    twice = [one for one in folders if [*index.values()].count(index[one]) > 1]
+    folders = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    named = [one for one in folders if classes_named(one, names)]
+    empty = [one for one in named if one not in owners]
+    require(not empty, folder, f"no images in {empty[:3]}", "remove these folders")
+    synsets = [one for one in folders if re.fullmatch("n[0-9]{8}", one) and one not in named]
+    index = {one: synsets.index(one) if len(synsets) == len(names) and one in synsets
+             else find_class(one, names, f"{folder}: class folder") for one in sorted({*owners})}
+    twice = [one for one in index if [*index.values()].count(index[one]) > 1]
     require(not twice, folder, f"{twice[:3]} mean one class", "name all by index or all by name")
     return paths, [index[one] for one in owners]
 
@@ -613,8 +611,8 @@ def original(config, needed):
     try:
         source = str(config.get("source"))
         model = load_classifier(source).model
-        if vitq.fingerprint(model) != config.get("weights"):
-            raise BadInput(f"model {source}: has other weights than those quantized")
+        require(vitq.fingerprint(model) == config.get("weights"), f"model {source}",
+                "has other weights than those quantized", "quantize it again")
         return model
     except BadInput as error:
         if needed:

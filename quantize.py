@@ -332,12 +332,14 @@ def main():
           f"{args.steps} steps of {args.batch * processes}, seed {args.seed}, {seconds:.0f} s")
     metrics = {**vars(args), "processes": processes, "num_images": len(images), "seconds": seconds,
                "gpu_mb": torch.cuda.max_memory_allocated() / 1e6, "losses": losses}
-    if data:
-        metrics["results"] = evaluate({
-            FULL_PRECISION: (teacher, full_size), f"{args.bits} {args.method}": (student, size)},
-            preprocessing, *data, device)
-    metrics = json.dumps(metrics, indent=1, default=str)
-    vitq.write_whole({args.out / "metrics.json": metrics.encode()})
+    try:
+        if data:
+            models = {FULL_PRECISION: (teacher, full_size),
+                      f"{args.bits} {args.method}": (student, size)}
+            metrics["results"] = evaluate(models, preprocessing, *data, device)
+    finally:
+        metrics = json.dumps(metrics, indent=1, default=str)
+        vitq.write_whole({args.out / "metrics.json": metrics.encode()})
 
 
 if __name__ == "__main__":

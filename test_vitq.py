@@ -1338,12 +1338,17 @@ def test_class_folders(tmp_path, capsys):
     assert evaluation.labelled_images(tmp_path / "val", names)[1] == [0, 1, 2, 3]  # by rank
     synsets = ["n01443537", "n01440764", "n01491361, hen", "n01484850"]
     assert evaluation.labelled_images(tmp_path / "val", synsets)[1] == [1, 0, 3, 2]  # by name
+    for name in ("__MACOSX", "n01440764"):  # neither counts: no class is called so, none by rank
+        (tmp_path / ".synsets" / name).mkdir(parents=True)
+    for wnid in ("n01443537", "n01484850", "n01491361"):
+        (tmp_path / ".synsets" / wnid).symlink_to(tmp_path / "val" / wnid)
+    assert evaluation.labelled_images(tmp_path / ".synsets", names)[1] == [1, 2, 3]
     (tmp_path / "val" / "n01440764").rename(tmp_path / "val" / "kite")
     for folder, name in ((tmp_path, "val"), (tmp_path / "val", "n01443537")):
         with pytest.raises(vitq.BadInput, match=f"'{name}': is none of the model's 4"):
             evaluation.labelled_images(folder, names)
     for files, fragment in ((("0/0.jpg", "kite/1.jpg"), "'0', 'kite'. mean one class"),
-                            (("2/0.jpg", "hen/notes.txt"), "'hen'. without images"),
+                            (("2/0.jpg", "kite/notes.txt"), "no images in .'kite'"),
                             (("0001_kite/0.jpg",), "'0001_kite': class 1 is crane")):
         for path in (tmp_path / fragment[:6] / file for file in files):
             path.parent.mkdir(parents=True)
@@ -1502,13 +1507,15 @@ def test_a_broken_compiler_is_said_once(monkeypatch, capsys):
 
 
 def test_the_training_is_kept_when_the_evaluation_fails(workplace, command):
-    """And the metrics of the older result, which it replaced, are gone."""
+    """And so are its metrics, in place of the older result's."""
     line = f"{QUANTIZE} --bits w4a4 --steps 2 --batch 2 --out q"
     Path("broken/0").mkdir()
     Path("broken/0.jpg").rename("broken/0/0.jpg")
-    command(line)
+    command(f"{line} --data imagenet/val")
+    assert metrics("q")["results"]
     assert "none of 1 images" in command(f"{line} --data broken", status=2).err
-    assert vitq.load_quantized("q")[1]["bits"] == "w4a4" and not Path("q/metrics.json").exists()
+    assert vitq.load_quantized("q")[1]["bits"] == "w4a4"
+    assert len(metrics("q")["losses"]) == 2 and "results" not in metrics("q")
 
 
 def test_a_result_that_others_wrote_meanwhile_stays(workplace, command, monkeypatch):

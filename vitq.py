@@ -505,7 +505,7 @@ def unpack(packed, bits, shape):
 
 
 def write_whole(files):
-    """Write files, path -> bytes, of one folder: all of them appear, whole, or none does. Clears
+    """Write files, path -> bytes: each appears whole, and none if one of them does not fit. Clears
     what a killed process left."""
     asides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     for left in (left for path in files for left in path.parent.glob(f".{path.name}.*")):
@@ -559,7 +559,7 @@ def save_quantized(model, folder, about):
     config = json.dumps(config, indent=1)
     data = save(tensors, {"config": config})  # one file, so that weights and bits cannot part
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole({folder / "config.json": config.encode(), folder / "model.safetensors": data})
+    write_whole({folder / "model.safetensors": data, folder / "config.json": config.encode()})
     for older in ("model.onnx", "metrics.json"):  # of the result that was here before
         (folder / older).unlink(missing_ok=True)
     return len(data)
