@@ -254,11 +254,10 @@ TIMM_NAMES = {
     r"^cls_token": "embeddings.cls_token", r"^dist_token": "embeddings.distillation_token",
     r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
     r"^pos_embed": "embeddings.position_embeddings", r"^head_dist\.": "distillation_classifier."}
-TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12}  # of attention
 # what timm may be told of a ViT: followed, told by the tensors too, or of no effect after training
-TIMM_ARGUMENTS = {"img_size", "num_heads", "num_classes", "qkv_bias", "embed_dim", "depth",
-                  "patch_size", "mlp_ratio", "weight_init", "drop_rate", "pos_drop_rate",
-                  "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
+TIMM_ARGUMENTS = {"img_size", "num_heads", "num_classes", "qkv_bias", "depth", "patch_size",
+                  "mlp_ratio", "weight_init", "drop_rate", "pos_drop_rate", "patch_drop_rate",
+                  "proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
 TIMM_PLAIN = {"global_pool": "token", "fc_norm": False, "class_token": True, "in_chans": 3}
 
 
@@ -270,9 +269,8 @@ def from_timm(what, config, tensors, folder):
     """
     architecture, pretrained = config.get("architecture", ""), config["pretrained_cfg"]
     arguments = config.get("model_args") or {}
-    known = re.fullmatch(r"(vit|deit)_(tiny|small|base)(_distilled)?_patch\d+_\d+", architecture)
-    require(known, what, architecture,
-            "give a tiny, small or base ViT or DeiT; for Swin, --model swin_t")
+    require(re.fullmatch(r"(vit|deit)_(tiny|small|base)(_distilled)?_patch\d+_\d+", architecture),
+            what, architecture, "give a tiny, small or base ViT or DeiT; for Swin, --model swin_t")
     for field, value in [*config.items(), *arguments.items()]:
         require(value in (TIMM_PLAIN.get(field, value), None), what, f"{field} {value}")
     unknown = ", ".join(sorted(arguments.keys() - TIMM_PLAIN.keys() - TIMM_ARGUMENTS))
@@ -291,15 +289,13 @@ def from_timm(what, config, tensors, folder):
         if "dist_token" in tensors else (transformers.ViTForImageClassification, "classifier.")
     hidden = tensors["cls_token"].shape[-1]
     config = family.config_class(
-        # 64 to a head in each size of timm's; another width leaves their number as it is
-        hidden_size=hidden, num_attention_heads=arguments.get(
-            "num_heads", TIMM_HEADS[known[2]] if "embed_dim" in arguments else hidden // 64),
+        # 64 channels per head in each of timm's sizes; without names, LABEL_0, LABEL_1, ...
+        hidden_size=hidden, num_attention_heads=arguments.get("num_heads", hidden // 64),
         num_hidden_layers=sum(name.endswith(".norm1.weight") for name in tensors),
         intermediate_size=len(tensors["blocks.0.mlp.fc1.weight"]), layer_norm_eps=1e-6,
         patch_size=tensors["patch_embed.proj.weight"].shape[-1],
         image_size=arguments.get("img_size", preprocessing.crop),
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors, num_labels=classes,
-        id2label=names or None)  # LABEL_0, LABEL_1, ...
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors, num_labels=classes, id2label=names or None)
     # timm has the three projections in one matrix, (3 * hidden, hidden)
     for name in [name for name in tensors if ".qkv." in name]:
         for part, chunk in zip("qkv", tensors.pop(name).chunk(3)):
@@ -352,7 +348,7 @@ def find_class(name, names, what="class"):
             f"give an index below {len(names)} or a name, such as {names[0]}")
     rest = re.sub("^[0-9]+_", "", name)
     said, meant = (set(re.findall(r"[^\W_]+", canonical(text))) for text in (rest, names[found[0]]))
-    if not said <= meant:  # else fine: ImageNet has a "crane" and a "crane bird"
+    if not said <= meant:  # as "0134_crane" does, where 134 is "crane bird"
         require({*classes_named(rest, names)} <= {*found}, f"{what} {name!r}",
                 f"class {found[0]} is {names[found[0]]}", "give the index or the name alone")
         print(f"{what} {name!r} is taken for index {found[0]}: {names[found[0]]}", file=sys.stderr)
@@ -362,8 +358,9 @@ def find_class(name, names, what="class"):
 def labelled_images(folder, names):
     """Images and their labels: (paths, class indices), or (paths, None) if there are no subfolders.
 
-    A subfolder is a class, by name or by index, or, if as many as there are classes are called as
-    ImageNet's, n01440764, by rank. Raises BadInput for one with images that matches no class.
+    A subfolder is a class: by name, by index, or, if there is one like ImageNet's n01440764 for
+    each class, by rank. Raises BadInput if it holds images and matches no class, if it is called
+    like a class and holds none, and for two of one class.
     """
     paths = list_images(folder)
     owners = [path.relative_to(folder).parts[0] for path in paths]

@@ -189,7 +189,7 @@ def main():
                             vitq.parse_bits(config["bits"])[0])
     protos = {"float32": to_onnx(original), f"{config['bits']} integers": integers}
     path = Path(args.model) / "model.onnx"
-    vitq.write_whole({path: integers.SerializeToString()})
+    vitq.write_whole(path, integers.SerializeToString())
 
     sessions = [session_of(proto) for proto in protos.values()]
     times = [milliseconds(sessions, side, batch) for batch in BATCHES]

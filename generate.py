@@ -159,7 +159,7 @@ def is_done(folder, settings, per_mode):
 def write_png(picture, path):
     """uint8 (3, H, W) -> a file that appears whole or not at all."""
     VF.to_pil_image(picture).save(file := io.BytesIO(), "png")
-    write_whole({path: file.getvalue()})
+    write_whole(path, file.getvalue())
 
 
 def paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch):
@@ -262,8 +262,7 @@ def parser():
 
 def settings_of(model, classifier, generator=None, kind="learned", modes=MODES, seed=0):
     """All that the prompts of a class depend on, as it is written beside them."""
-    generator = generator or (TINY_TURBO if model == "tiny" else SD_TURBO)
-    generator = generator if generator == TINY_TURBO else source_of(generator)
+    generator = source_of(generator) if generator else TINY_TURBO if model == "tiny" else SD_TURBO
     return dict(weights=fingerprint(classifier.model), generator=generator, prompts=kind,
                 modes=modes, seed=seed, **(prompts.constants() if kind == "learned" else {}))
 

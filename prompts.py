@@ -224,7 +224,7 @@ def save_prompts(path, texts, pseudo_tokens, settings):
     settings = torch.tensor([*json.dumps(settings).encode()], dtype=torch.uint8)
     tensors = {"pseudo_tokens": pseudo_tokens.half().cpu(), "settings": settings}
     # one item of metadata: of several, the order would vary
-    write_whole({path: save(tensors, {"texts": json.dumps(texts)})})
+    write_whole(path, save(tensors, {"texts": json.dumps(texts)}))
 
 
 def load_prompts(path, settings):

@@ -286,7 +286,7 @@ def read_images(folders, preprocessing, device):
 
 
 def save_anywhere(student, out, identity, about):
-    """Save to `out` or, since training took long, else to a temporary folder. Returns the bytes."""
+    """Save to `out`, or, since training took long, to a temporary folder. Returns the bytes."""
     try:
         vitq.check_output(out, identity)  # again: others may have written there since
         return vitq.save_quantized(student, out, {**identity, **about})
@@ -332,14 +332,11 @@ def main():
           f"{args.steps} steps of {args.batch * processes}, seed {args.seed}, {seconds:.0f} s")
     metrics = {**vars(args), "processes": processes, "num_images": len(images), "seconds": seconds,
                "gpu_mb": torch.cuda.max_memory_allocated() / 1e6, "losses": losses}
-    try:
-        if data:
-            models = {FULL_PRECISION: (teacher, full_size),
-                      f"{args.bits} {args.method}": (student, size)}
-            metrics["results"] = evaluate(models, preprocessing, *data, device)
-    finally:
-        metrics = json.dumps(metrics, indent=1, default=str)
-        vitq.write_whole({args.out / "metrics.json": metrics.encode()})
+    if data:
+        metrics["results"] = evaluate({
+            FULL_PRECISION: (teacher, full_size), f"{args.bits} {args.method}": (student, size)},
+            preprocessing, *data, device)
+    vitq.write_whole(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
 
 
 if __name__ == "__main__":

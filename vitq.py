@@ -96,8 +96,8 @@ def fake_quantize(x, scale, zero_point, bits):
 
     "Differentiable uniform quantization" is [paper]; affine and per tensor is [ours]. With
     straight-through rounding, autograd alone yields the gradients of torch's learnable
-    fake-quantize operators: those of LSQ (Esser 2020) and LSQ+ (Bhalgat 2020), but that values are
-    clipped once they are rounded, so half a level further out.
+    fake-quantize operators: those of LSQ (Esser 2020) and LSQ+ (Bhalgat 2020), except that clipping
+    comes after rounding and therefore begins half a level further out.
     """
     return scale * quantize_activation(x, scale, zero_point, bits)
 
@@ -257,9 +257,9 @@ class QuantLinear(QuantWeight, nn.Linear):
 
     def forward(self, x):
         (q_x, s_x), (q_w, s_w) = self.input_quantizer(x), self.quantized_weight()
-        product = F.linear(q_x, q_w)
+        product = F.linear(q_x, q_w)  # bfloat16 under autocast, and so is what is returned
         y = s_x * s_w * product
-        return (y if self.bias is None else y + self.bias).to(product.dtype)  # under autocast
+        return (y if self.bias is None else y + self.bias).to(product.dtype)
 
 
 class QuantConv2d(QuantWeight, nn.Conv2d):
@@ -314,8 +314,8 @@ def quantized_attention(module, query, key, value, attention_mask, scaling, **kw
     a = s_q * (s_k * scaling) * (q_q @ q_k.transpose(-1, -2)).float()  # (B, heads, T, T)
     if attention_mask is not None:
         a = a + attention_mask
-    # The maximum is not detached. The largest e of a row is always 1, so only the other e, from
-    # which the maximum is subtracted too, give its score a gradient.
+    # The maximum is not detached: the largest e of a row is always 1, so its score has a gradient
+    # only as the maximum that is subtracted from all the other scores.
     e = (a - a.amax(-1, keepdim=True)).exp()
     (q_e, s_e), (q_v, s_v) = module.exp_quantizer(e), module.value_quantizer(value)
     o = s_e * s_v * (q_e @ q_v).float() / e.sum(-1, keepdim=True)  # (B, heads, T, d)
@@ -504,26 +504,22 @@ def unpack(packed, bits, shape):
     return q.view(*shape)
 
 
-def write_whole(files):
-    """Write files, path -> bytes: each appears whole, and none if one of them does not fit. Clears
-    what a killed process left."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
-    for left in (left for path in files for left in path.parent.glob(f".{path.name}.*")):
+def write_whole(path, data):
+    """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
+    for left in path.parent.glob(f".{path.name}.*"):
         with suppress(ValueError, OverflowError, PermissionError):  # no number, or another user's
             try:
                 os.kill(int(left.suffix[1:]), 0)  # signal 0 asks only whether the process is there
             except ProcessLookupError:
                 left.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        for path, data in files.items():
-            asides[path].write_bytes(data)
-        for path in files:
-            os.replace(asides[path], path)
+        aside.write_bytes(data)
+        os.replace(aside, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 def checksum(text, tensors):
@@ -559,9 +555,10 @@ def save_quantized(model, folder, about):
     config = json.dumps(config, indent=1)
     data = save(tensors, {"config": config})  # one file, so that weights and bits cannot part
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole({folder / "model.safetensors": data, folder / "config.json": config.encode()})
+    write_whole(folder / "model.safetensors", data)
     for older in ("model.onnx", "metrics.json"):  # of the result that was here before
         (folder / older).unlink(missing_ok=True)
+    write_whole(folder / "config.json", config.encode())
     return len(data)
 
 
