@@ -1,4 +1,4 @@
-"""Everything around the idea: checkpoints, preprocessing, image folders, accuracy, command lines.
+"""Everything around the idea: checkpoints, image folders, accuracy, CUDA graphs, command lines.
 
     python eval.py --model vit_t --data imagenet/val                   # full precision
     python eval.py --model quantized/vit_t-w4a4 --data imagenet/val    # quantized, and its original
@@ -86,7 +86,7 @@ class Preprocessing:
         return lambda image: VF.pil_to_tensor(self.center_crop(resize(image), [crop, crop]))
 
     def center_crop(self, image, size):
-        """torchvision and timm round its corner half to even, transformers rounds it down."""
+        """Of half a pixel: torchvision and timm round the corner to even, transformers down."""
         if not self.rounds:
             sides = (side - max(side - crop, 0) % 2 for side, crop in zip(VF.get_size(image), size))
             image = VF.crop(image, 0, 0, *sides)
@@ -356,7 +356,7 @@ def find_class(name, names, what="class"):
 
 
 def labelled_images(folder, names):
-    """Images and their labels: (paths, class indices), or (paths, None) if there are no subfolders.
+    """Images and their labels: (paths, class indices), or (paths, None) if none is in a subfolder.
 
     A subfolder is a class: by name, by index, or, if there is one like ImageNet's n01440764 for
     each class, by rank. Raises BadInput if it holds images and matches no class, if it is called

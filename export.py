@@ -22,7 +22,8 @@ from torch.onnx.ops import symbolic
 from transformers import AttentionInterface, AutoConfig
 
 import vitq
-from eval import Parser, decode, list_images, load_result, require, run
+from eval import Parser, decode, list_images, load_result, run
+from vitq import require
 
 OPSET = 25  # the first with integers of two bits
 BATCHES, SECONDS = (1, 32), 10  # whose times are printed, and how long each is measured
@@ -118,7 +119,7 @@ def to_onnx(model):
 
 
 def store_packed(proto, bits):
-    """Store the int8 weights of an ONNX model in 2 or 4 bits, if they have as few `bits`, in place.
+    """Store the int8 weights of an ONNX model in 2 or 4 bits, if `bits` is that small, in place.
 
     ONNX Runtime carries out the Cast to 8 bits once, when it loads the file.
     """
@@ -156,7 +157,7 @@ def agreement(session, model, preprocessing, paths):
     """Whether ONNX Runtime and torch give an image the same first class, for each that is read.
 
     The integer products are equal, but LayerNorm, softmax and GELU may differ in the last digit. A
-    value between two levels then goes the other way, and the layers that follow make more of it.
+    value halfway between two levels may then round the other way, which later layers amplify.
     """
     normalize, same = preprocessing.normalizer(torch.device("cpu")), []
     for _, pixels in decode(paths, preprocessing.pixels(), "comparing"):

@@ -7,9 +7,10 @@
     python generate.py --model tiny --class kite --prompts text   # "a small photo of red kite"
     python generate.py --model tiny --class kite --prompts class  # "a photo of kite"
 
-The pictures go to generated/<model>/<index>_<class>/m03_0007.png (mode 3, picture 7; those of the
-baselines to <model>-text, -class) with grid.png, a row per mode, and prompts.safetensors. A class
-that is done is not made again. Eq. (13) is the sampler below; Eq. (12), (14)-(17): prompts.py.
+The pictures go to generated/<model>/<index>_<class>/m03_0007.png (mode 3, picture 7), beside
+grid.png, a row per mode, and prompts.safetensors; those of the baselines to generated/<model>-text
+and -class. A class that is done is not made again. Eq. (13) is the sampler below; Eq. (12) and
+(14)-(17) are in prompts.py.
 """
 import io
 import math
@@ -27,8 +28,8 @@ from transformers import CLIPTextModel
 
 import prompts
 from eval import (MODEL_HELP, Parser, decode, find_class, load_classifier, rank_and_processes,
-                  require, run, source_of, start, whole_number)
-from vitq import fingerprint, reading, write_whole
+                  run, source_of, start, whole_number)
+from vitq import fingerprint, reading, require, write_whole
 
 # cuBLAS adds in the same order each time only with a workspace of fixed size; it reads this once
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,8 +51,8 @@ class OneStepSampler:
     SD 2.1 overflows.
 
     There may be two decoders D. Pictures are painted by the generator's `vae`. Prompts are learned
-    through `taesd`, its small copy: the full one takes most of a picture's arithmetic to add what a
-    classifier hardly sees. [ours]
+    through `taesd`, its small copy: the full one would take most of the computation, for
+    details that a classifier hardly sees. [ours]
     """
 
     def __init__(self, generator, device):
@@ -77,14 +78,14 @@ class OneStepSampler:
         decoder, dtype = decoder or self.vae, self.unet.dtype
         noisy = self.sigma * noise / math.sqrt(self.sigma ** 2 + 1)
         eps = self.unet(noisy.to(dtype), self.timestep, e.to(dtype)).sample
-        z0 = self.sigma * (noise - eps.float())  # float32, since sigma multiplies eps's rounding
+        z0 = self.sigma * (noise - eps.float())  # in float32: sigma multiplies each rounding
         return decoder.decode((z0 / decoder.config.scaling_factor).to(dtype)).sample.float()
 
 
-def load_part(kind, source, **options):
+def load_part(network, source, **options):
     """A network of a generator. Raises ValueError if weights are missing: the libraries would draw
     them at random."""
-    part, loading = kind.from_pretrained(
+    part, loading = network.from_pretrained(
         source, use_safetensors=True, output_loading_info=True, **options)
     if loading["missing_keys"]:
         raise ValueError(f"without {min(loading['missing_keys'])}")
@@ -105,10 +106,10 @@ def load_generator(generator, dtype):
     variant = "fp16" if all(".fp16." in file or file == SD_TURBO for file in files) else None
     with reading(f"generator {generator}", "give SD-Turbo, a folder of diffusers, or --model tiny"):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
-        kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-                 "text_encoder": CLIPTextModel}
-        parts = {name: load_part(kind, source, subfolder=name, dtype=dtype, variant=variant)
-                 for name, kind in kinds.items()}
+        networks = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+                    "text_encoder": CLIPTextModel}
+        parts = {name: load_part(network, source, subfolder=name, dtype=dtype, variant=variant)
+                 for name, network in networks.items()}
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             source, safety_checker=None, **parts)
         taesd = load_part(diffusers.AutoencoderTiny, small, dtype=dtype) \
@@ -116,9 +117,9 @@ def load_generator(generator, dtype):
         if len(pipeline.tokenizer) != pipeline.text_encoder.config.vocab_size:
             raise ValueError("the tokenizer is another than the text encoder's")
     scheduler, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
-    kind = scheduler, config.get("prediction_type"), config.get("timestep_spacing")
-    require(kind == ("EulerDiscreteScheduler", "epsilon", "trailing"), f"generator {generator}",
-            f"Eq. (13) does not hold for {', '.join(map(str, kind))}", "give SD-Turbo")
+    found = scheduler, config.get("prediction_type"), config.get("timestep_spacing")
+    require(found == ("EulerDiscreteScheduler", "epsilon", "trailing"), f"generator {generator}",
+            f"Eq. (13) does not hold for {', '.join(map(str, found))}", "give SD-Turbo")
     return pipeline, taesd
 
 
@@ -211,7 +212,7 @@ def fill(out, classifier, labels, device, per_mode, settings):
     sampler = None if all(done) else OneStepSampler(settings["generator"], device)
     # on a GPU, only kernels that add in the same order each time: a seed gives the same pictures
     torch.use_deterministic_algorithms(device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling takes a kernel per tensor
     micro_batch = settings["modes"]
     with tqdm(folders.items(), unit="class", disable=True if rank else None) as bar:
         for label, folder in bar:
@@ -229,8 +230,8 @@ def fill(out, classifier, labels, device, per_mode, settings):
 
 
 def summary(out, classifier, labels, device):
-    """One line of the classes' pictures on disk: how many, the share that the classifier takes for
-    their class, and the mean cosine of two phi within a class: the lower, the more diverse."""
+    """One line about the classes' pictures on disk: how many, the share that the classifier takes
+    for their class, and the mean cosine of two phi within a class: the lower, the more diverse."""
     hits, cosines = [], []
     for label in labels:
         paths = sorted(class_folder(out, label, classifier.class_names).glob("m*_*.png"))
@@ -256,7 +257,7 @@ def parser():
     add("--modes", type=whole_number(1), default=MODES, help="prompts per class (%(default)s)")
     add("--per-mode", type=whole_number(1), default=4, help="pictures per prompt (%(default)s)")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
-    add("--out", metavar="DIR", help="default: generated/<model>, for a baseline with its prompts")
+    add("--out", metavar="DIR", help="default: generated/<model>, for a baseline -<prompts>")
     return parser
 
 

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
-from eval import RecordedStep, require
-from vitq import reading, write_whole
+from eval import RecordedStep
+from vitq import reading, require, write_whole
 
 TEMPLATE = "a photo of"
 SLOT = "*"  # marks in a prompt's text where its pseudo-tokens stand
@@ -48,8 +48,8 @@ def token_ids(tokenizer, texts, pseudo_tokens, length, device):
     slots = tokenizer.bos_token * pseudo_tokens
     ids = tokenizer([text.replace(SLOT, slots, 1) for text in texts], padding="max_length",
                     truncation=True, max_length=length, return_tensors="pt").input_ids
-    start = ids[0, 1:].tolist().index(tokenizer.bos_token_id) + 1 if pseudo_tokens else 1
-    return ids.to(device), start
+    first = ids[0, 1:].tolist().index(tokenizer.bos_token_id) + 1 if pseudo_tokens else 1
+    return ids.to(device), first
 
 
 def encode(text_encoder, tokenizer, texts, v):
@@ -58,11 +58,11 @@ def encode(text_encoder, tokenizer, texts, v):
     K texts and their pseudo-tokens v (K, m, d) -> (K, tokens, width). m = 0 encodes plain texts.
     """
     m = v.shape[1]
-    ids, start = token_ids(tokenizer, tuple(texts), m, text_encoder.config.max_position_embeddings,
+    ids, first = token_ids(tokenizer, tuple(texts), m, text_encoder.config.max_position_embeddings,
                            text_encoder.device)
 
     def splice(embedding, inputs, embedded):  # (K, tokens, d), before the positions are added
-        return torch.cat([embedded[:, :start], v.to(embedded), embedded[:, start + m:]], 1)
+        return torch.cat([embedded[:, :first], v.to(embedded), embedded[:, first + m:]], 1)
 
     with text_encoder.get_input_embeddings().register_forward_hook(splice):
         return text_encoder(ids)[0]
@@ -153,7 +153,7 @@ def rng_of(*numbers):
     return torch.Generator().manual_seed(int(state))
 
 
-def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress=lambda loss: None):
+def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress):
     """K = `modes` prompts of the class `label`, called `name`: texts, and pseudo-tokens (K, m, d).
 
     sampler: of generate.py, Eq. (13). classifier: f and phi of Eq. (14) and (16), of eval.py.

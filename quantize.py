@@ -26,15 +26,16 @@ from tqdm import tqdm
 
 import generate
 import vitq
-from eval import (FULL_PRECISION, MODEL_HELP, BadInput, Parser, RecordedStep, compiled, decode,
-                  evaluate, labelled_images, list_images, load_classifier, patched,
-                  rank_and_processes, require, run, source_of, start, whole_number)
+from eval import (FULL_PRECISION, MODEL_HELP, Parser, RecordedStep, compiled, decode, evaluate,
+                  labelled_images, list_images, load_classifier, patched, rank_and_processes, run,
+                  source_of, start, whole_number)
 from tiny import shapes
+from vitq import BadInput, require
 
 INITIALIZATION_IMAGES = 32  # [paper]
 STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
 TINY_STEPS, TINY_BATCH = 400, 24  # for --model tiny, whose pictures are learned sooner
-PICTURES = 960  # painted where no images are given: at least so many, and at least one per prompt
+PICTURES = 960  # painted where no images are given: at least this many, and at least one per prompt
 FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-out pictures [ours]
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
@@ -107,7 +108,8 @@ def stages(model, method, steps):
     "joint" is one stage: all, by Eq. (11). "block", as in BRECQ (Li 2021), is a stage per block:
     its parameters, by its term of Eq. (9), while the blocks before it, already quantized, stay as
     they are. The layers before a block (the patch embedding, Swin's patch merging) are trained with
-    it, those after the last block never. "rtn", round to nearest, is "joint" in no steps at all.
+    it, those after the last block never. "rtn" is "joint" in no steps at all: round to nearest,
+    with the scales and r of Eq. (6) and (7).
     """
     parameters = trained_parameters(model)
     if method != "block":
@@ -122,7 +124,7 @@ def stages(model, method, steps):
             groups[l][name] = parameter
 
     def loss_of(l):
-        return lambda h, h_q, z, z_q, class_tokens: feature_loss([h[l]], [h_q[l]], class_tokens)
+        return lambda h, h_q, logits, logits_q, tokens: feature_loss([h[l]], [h_q[l]], tokens)
 
     return [(group, loss_of(l), steps * (l + 1) // len(groups) - steps * l // len(groups))
             for l, group in enumerate(groups)]
@@ -189,7 +191,7 @@ def train(student, teacher, method, images, probabilities, preprocessing, steps,
     with patched("forward", {m: compiled(m.forward, device, steps) for m in modules}), \
             vitq.block_outputs(teacher) as h, vitq.block_outputs(student) as h_q:
         for parameters, loss_function, stage_steps in stages(student, method, steps):
-            loss_function = compiled(loss_function, device, steps)
+            loss_function = compiled(loss_function, device, stage_steps)
             optimizer, schedule = optimizer_of(parameters, stage_steps, device)
             latest, t = torch.zeros(2, device=device)
 

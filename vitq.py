@@ -135,17 +135,23 @@ def massive_token_weights(x):
     """The weights w of Eq. (6), (..., 1), for the input x (..., C) of a linear layer. [ours]
 
     A few tokens of a ViT carry massive activations (Sun 2024). The plain squared error would keep
-    the range of these few, in which all other tokens have a handful of levels. So the error of a
+    the range of these few and leave all other tokens a handful of levels. So the error of a
     massive token is divided by its squared norm, and that of the others by a constant.
     """
     norms = x.square().sum(-1, keepdim=True)
     return 1 / norms.clamp_min(MASSIVE * norms.median()).clamp_min(1e-8)
 
 
-def best_range(x, w, bits, low, high):
-    """Of K candidate ranges [low, high], (K, 1) each, that of the least sum w (x - x^)^2."""
+def scale_and_zero_point(low, high, bits):
+    """s and z of a range [low, high] that holds zero."""
     scale = (high - low).clamp_min(1e-8) / (2 ** bits - 1)
-    errors = (w * (x - fake_quantize(x, scale, -low / scale, bits)).square()).sum(1)
+    return scale, -low / scale
+
+
+def best_range(x, w, bits, low, high):
+    """Of K candidate ranges [low, high], (K, 1) each, the one of the least sum w (x - x^)^2."""
+    x_q = fake_quantize(x, *scale_and_zero_point(low, high, bits), bits)
+    errors = (w * (x - x_q).square()).sum(1)
     return low[errors.argmin()], high[errors.argmin()]
 
 
@@ -156,13 +162,13 @@ def activation_scale(x, w, bits):
     of them alone, since the output of GELU is far from symmetric.
     """
     fractions = CLIPPING_GRID.to(x)[:, None]
-    # Zero stays inside the range, so that it is a level: of padding, and the floor of GELU.
+    # Zero stays inside the range, so that it is a level: Swin pads with it, and most outputs of
+    # GELU are close to it.
     lowest, highest = fractions * x.min().clamp_max(0), fractions * x.max().clamp_min(0)
     low, high = best_range(x, w, bits, lowest, highest)
     low, high = best_range(x, w, bits, low.expand_as(highest), highest)
     low, high = best_range(x, w, bits, lowest, high.expand_as(lowest))
-    scale = (high - low).clamp_min(1e-8) / (2 ** bits - 1)
-    return scale, -low / scale
+    return scale_and_zero_point(low, high, bits)
 
 
 def weight_scale(weight, bits):
@@ -367,8 +373,8 @@ def quantize_modules(model, bits, edge_bits=8):
     No parameter requires gradients, until a training asks for them.
     Raises BadInput for another architecture than ViT, DeiT and Swin for image classification.
     """
-    if type(model).__name__ not in FAMILIES:
-        raise BadInput(f"{type(model).__name__}: only {', '.join(FAMILIES)} can be quantized")
+    require(type(model).__name__ in FAMILIES, type(model).__name__, "cannot be quantized",
+            f"give one of {', '.join(FAMILIES)}")
     weight_bits, activation_bits = parse_bits(bits)
     edge = (weight_bits, activation_bits) if edge_bits == "same" else (edge_bits, edge_bits)
 
@@ -413,8 +419,8 @@ def first_rescaling(x, weights):
 
     x: a LayerNorm's output, (images, positions, channels); weights: of the layers that read it,
     (out, channels) each. Returns log r. Magnitude: the rms over images, at the position where it is
-    largest. x_c / r_c and r_c W_oc are then equally large: neither side carries the whole
-    difference between the channels.
+    largest. x_c / r_c and r_c W_oc are then proportional over the channels c: neither side carries
+    the whole difference between them.
     """
     # The class token, one of 197, is large in other channels than the patches: a mean over
     # positions would miss it.
@@ -431,8 +437,8 @@ def initialize(model, pixels):
     """
     enable(model, False)
     layers = [layer for _, layer in modules_of(model, QuantLinear)]
-    # The weights w of Eq. (6), of each quantizer that waits for its scale. Images and attention's
-    # operands have no tokens in its sense: w = 1.
+    # For each quantizer without a scale yet, what gives the weights w of Eq. (6): 1 for the image
+    # and attention's operands, which are no inputs of linear layers.
     waiting = {module: torch.ones_like for _, module in modules_of(model, ActivationQuantizer)}
     waiting |= {layer.input_quantizer: massive_token_weights for layer in layers}
 
@@ -505,13 +511,7 @@ def unpack(packed, bits, shape):
 
 
 def write_whole(path, data):
-    """Write bytes to a file that appears whole or not at all; clears what a killed process left."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        with suppress(ValueError, OverflowError, PermissionError):  # no number, or another user's
-            try:
-                os.kill(int(left.suffix[1:]), 0)  # signal 0 asks only whether the process is there
-            except ProcessLookupError:
-                left.unlink(missing_ok=True)
+    """Write bytes to a file that appears whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data)
@@ -532,7 +532,7 @@ def checksum(text, tensors):
 
 
 def fingerprint(model):
-    """What tells a model from any other: the checksum of its parameters."""
+    """A checksum of the parameters, which identifies the model."""
     return checksum("", dict(model.named_parameters()))[:16]
 
 
@@ -553,7 +553,7 @@ def save_quantized(model, folder, about):
               "architecture": type(model).__name__, "network": model.config.to_dict()}
     config["checksum"] = checksum(json.dumps(config), tensors)
     config = json.dumps(config, indent=1)
-    data = save(tensors, {"config": config})  # one file, so that weights and bits cannot part
+    data = save(tensors, {"config": config})  # one file keeps weights and settings together
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "model.safetensors", data)
     for older in ("model.onnx", "metrics.json"):  # of the result that was here before
