@@ -160,6 +160,19 @@ class Classifier:
         """In the order of the logits."""
         return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
+    @property
+    def fingerprint(self):
+        """A checksum of all that decides what the model computes and what its classes are called.
+
+        Of the configuration, that is only what the parameters' names and shapes do not tell.
+        """
+        config = self.model.config.to_dict()
+        told = [config.get(field) for field in (
+            "hidden_act", "layer_norm_eps", "num_attention_heads", "num_heads", "window_size",
+            "image_size", "id2label")]
+        text = json.dumps([told, vars(self.preprocessing)])
+        return vitq.checksum(text, dict(self.model.named_parameters()))[:16]
+
     def features(self, images):
         """f and phi of Eq. (14) and (16): logits (B, classes), features (B, blocks x channels).
 
@@ -607,10 +620,10 @@ def original(config, needed):
     """The full-precision model of a quantized one; None if it is not there, unless it is needed."""
     try:
         source = str(config.get("source"))
-        model = load_classifier(source).model
-        require(vitq.fingerprint(model) == config.get("weights"), f"model {source}",
-                "has other weights than those quantized", "quantize it again")
-        return model
+        classifier = load_classifier(source)
+        require(classifier.fingerprint == config.get("fingerprint"), f"model {source}",
+                "is not what was quantized", "quantize it again")
+        return classifier.model
     except BadInput as error:
         if needed:
             raise

@@ -12,6 +12,7 @@ grid.png, a row per mode, and prompts.safetensors; those of the baselines to gen
 and -class. A class that is done is not made again. Eq. (13) is the sampler below; Eq. (12) and
 (14)-(17) are in prompts.py.
 """
+import hashlib
 import io
 import math
 import os
@@ -28,14 +29,15 @@ from transformers import CLIPTextModel
 
 import prompts
 from eval import (MODEL_HELP, Parser, decode, find_class, load_classifier, rank_and_processes,
-                  run, source_of, start, whole_number)
-from vitq import fingerprint, reading, require, write_whole
+                  run, start, whole_number)
+from vitq import reading, require, write_whole
 
 # cuBLAS adds in the same order each time only with a workspace of fixed size; it reads this once
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 SD_TURBO, TAESD = "stabilityai/sd-turbo", "madebyollin/taesd"
-TINY_TURBO = "tiny/turbo"  # comes with this code, so it is found from any working folder
+TINY_TURBO = "tiny/turbo"  # comes with this code
+GENERATOR_REMEDY = "give SD-Turbo, a folder of diffusers, or --model tiny"
 MODES = 20  # [paper]: several; the number is [ours]
 PROMPTS_FILE = "prompts.safetensors"
 GRID_COLUMNS, GRID_SIDE = 10, 128  # at most, pictures per row of grid.png and pixels of their sides
@@ -66,6 +68,13 @@ class OneStepSampler:
         # t and sigma of the single step: with the "trailing" spacing of SD-Turbo, t = 999
         self.timestep = pipeline.scheduler.timesteps[0].to(device)
         self.sigma = float(pipeline.scheduler.sigmas[0])
+        with torch.no_grad(), reading(f"generator {generator}", GENERATOR_REMEDY):
+            plain = torch.zeros(1, 0, self.text_encoder.config.hidden_size, device=device)
+            e = prompts.encode(self.text_encoder, self.tokenizer, [prompts.TEMPLATE], plain)
+            for decoder in (self.vae, self.taesd):
+                picture = self(e, self.noise(1, prompts.rng_of(0)), decoder)
+                require(picture.shape[1] == 3 and picture.isfinite().all(),
+                        f"generator {generator}", "paints no finite RGB", GENERATOR_REMEDY)
 
     def noise(self, count, rng):
         """n of Eq. (13), (count, 4, h, w), drawn on the CPU: it is the same on all devices."""
@@ -92,6 +101,11 @@ def load_part(network, source, **options):
     return part
 
 
+def generator_folder(generator):
+    """Where a generator is if it is not on the hub; tiny/turbo is found from any folder."""
+    return Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
+
+
 def load_generator(generator, dtype):
     """A text-to-image pipeline in diffusers' format, from a hub id or a folder; a small decoder.
 
@@ -100,11 +114,11 @@ def load_generator(generator, dtype):
     # imported here, since quantizing with images at hand needs none of it
     import diffusers
     diffusers.utils.logging.disable_progress_bar()
-    folder = Path(__file__).parent / generator if generator == TINY_TURBO else Path(generator)
+    folder = generator_folder(generator)
     source, small = (folder, folder / "taesd") if folder.is_dir() else (generator, Path(TAESD))
     files = [path.name for path in folder.glob("unet/*.safetensors")] or [generator]
-    variant = "fp16" if all(".fp16." in file or file == SD_TURBO for file in files) else None
-    with reading(f"generator {generator}", "give SD-Turbo, a folder of diffusers, or --model tiny"):
+    variant = "fp16" if all(".fp16" in file or file == SD_TURBO for file in files) else None
+    with reading(f"generator {generator}", GENERATOR_REMEDY):
         # SD-Turbo has no safety checker. On the hub, its float16 files are half the download.
         networks = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
                     "text_encoder": CLIPTextModel}
@@ -198,7 +212,7 @@ def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, ba
     paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch)
 
 
-def fill(out, classifier, labels, device, per_mode, settings):
+def fill(out, classifier, labels, device, per_mode, settings, generator):
     """Learn the prompts and paint the pictures of the classes `labels` that are not done yet.
 
     settings: of `settings_of`; they are written beside the prompts. The classifier is on the device
@@ -206,16 +220,18 @@ def fill(out, classifier, labels, device, per_mode, settings):
     Raises BadInput, before painting, if a class was made with other settings.
     """
     rank, processes = rank_and_processes()
-    folders = {label: class_folder(out, label, classifier.class_names)
-               for label in labels[rank::processes]}
-    done = [is_done(folder, settings, per_mode) for folder in folders.values()]
-    sampler = None if all(done) else OneStepSampler(settings["generator"], device)
+    folders = {label: class_folder(out, label, classifier.class_names) for label in labels}
+    # every process looks at all of them: none paints if one class was made with other settings
+    done = {label: is_done(folder, settings, per_mode) for label, folder in folders.items()}
+    mine = labels[rank::processes]
+    sampler = None if all(done[label] for label in mine) else OneStepSampler(generator, device)
     # on a GPU, only kernels that add in the same order each time: a seed gives the same pictures
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling takes a kernel per tensor
     micro_batch = settings["modes"]
-    with tqdm(folders.items(), unit="class", disable=True if rank else None) as bar:
-        for label, folder in bar:
+    with tqdm(mine, unit="class", disable=True if rank else None) as bar:
+        for label in bar:
+            folder = folders[label]
             folder.mkdir(parents=True, exist_ok=True)
             while not is_done(folder, settings, per_mode):
                 try:
@@ -261,11 +277,22 @@ def parser():
     return parser
 
 
-def settings_of(model, classifier, generator=None, kind="learned", modes=MODES, seed=0):
-    """All that the prompts of a class depend on, as it is written beside them."""
-    generator = source_of(generator) if generator else TINY_TURBO if model == "tiny" else SD_TURBO
-    return dict(weights=fingerprint(classifier.model), generator=generator, prompts=kind,
-                modes=modes, seed=seed, **(prompts.constants() if kind == "learned" else {}))
+def settings_of(classifier, generator, kind="learned", modes=MODES, seed=0):
+    """All that the prompts of a class depend on, as it is written beside them.
+
+    A generator on the hub is known by its name, one in a folder by a checksum of its files.
+    """
+    digest, folder = hashlib.sha256(), generator_folder(generator)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".txt"):
+            digest.update(f"{path.relative_to(folder)}".encode() + path.read_bytes())
+    return dict(fingerprint=classifier.fingerprint, prompts=kind, modes=modes, seed=seed,
+                generator=digest.hexdigest()[:16] if folder.is_dir() else generator,
+                **(prompts.constants() if kind == "learned" else {}))
+
+
+def default_generator(model):
+    return TINY_TURBO if model == "tiny" else SD_TURBO
 
 
 def default_folder(model, kind="learned"):
@@ -279,10 +306,10 @@ def main():
     classifier = load_classifier(args.model, device)
     names = classifier.class_names
     labels = range(len(names)) if args.label == "all" else [find_class(args.label, names)]
-    settings = settings_of(args.model, classifier, args.generator, args.prompts, args.modes,
-                           args.seed)
+    generator = args.generator or default_generator(args.model)
+    settings = settings_of(classifier, generator, args.prompts, args.modes, args.seed)
     out = Path(args.out or default_folder(args.model, args.prompts))
-    fill(out, classifier, labels, device, args.per_mode, settings)
+    fill(out, classifier, labels, device, args.per_mode, settings, generator)
     if rank_and_processes()[0] == 0:
         print(f"{summary(out, classifier, labels, device)}, {time.perf_counter() - begin:.0f} s")
 

@@ -265,10 +265,13 @@ def parse():
 
 def paint_missing(model, classifier, device):
     """The folder generated/<model>, with learned prompts, after painting what it lacks."""
-    settings, classes = generate.settings_of(model, classifier), len(classifier.class_names)
-    folder = generate.default_folder(model)
-    per_mode = math.ceil(PICTURES / (classes * settings["modes"]))
-    generate.fill(folder, classifier, range(classes), device, per_mode, settings)
+    folder, generator = generate.default_folder(model), generate.default_generator(model)
+    settings, names = generate.settings_of(classifier, generator), classifier.class_names
+    own = {generate.class_folder(folder, label, names) for label in range(len(names))}
+    others = [path.name for path in folder.glob("[!.]*") if path.is_dir() and path not in own]
+    require(not others, folder, f"{others[:3]} are no classes of the model", "move them away")
+    per_mode = math.ceil(PICTURES / (len(names) * settings["modes"]))
+    generate.fill(folder, classifier, range(len(names)), device, per_mode, settings, generator)
     return str(folder)
 
 
@@ -304,7 +307,7 @@ def main():
     args = parse()
     device, (rank, processes) = start(args.device), rank_and_processes()
     classifier = load_classifier(args.model, device)
-    identity = {"weights": vitq.fingerprint(classifier.model), "bits": args.bits,
+    identity = {"fingerprint": classifier.fingerprint, "bits": args.bits,
                 "edge_bits": args.edge_bits, "method": args.method}
     vitq.check_output(args.out, identity)
     if args.model == "tiny" and not args.data and rank == 0:

@@ -558,6 +558,20 @@ def test_what_is_not_followed_is_refused_by_name(kind, part, changes, fragment, 
     assert fragment in str(refusal.value).splitlines()[0]
 
 
+@pytest.mark.parametrize("changes", [
+    dict(config={"hidden_act": "relu"}), dict(config={"num_attention_heads": 4}),
+    dict(config={"layer_norm_eps": 1e-3}), dict(config={"id2label": BIRDS}),
+    dict(processor={"image_mean": [0.4, 0.5, 0.5]}), dict(processor={"resample": 3}),
+    dict(tensors={"classifier.bias": torch.zeros(10)})])
+def test_the_fingerprint_tells_models_apart(changes, template, tmp_path):
+    """By all that they compute and call their classes, not by where they are."""
+    shutil.copytree(template / "hub", tmp_path / "hub")
+    folders = template / "hub", tmp_path / "hub"
+    one, two = (evaluation.load_classifier(str(folder)).fingerprint for folder in folders)
+    rewrite(tmp_path / "hub", **changes)
+    assert one == two != evaluation.load_classifier(str(tmp_path / "hub")).fingerprint
+
+
 def test_a_network_without_a_head_is_refused(template, tmp_path):
     shutil.copytree(template / "hub", tmp_path, dirs_exist_ok=True)
     head = dict.fromkeys(["classifier.weight", "classifier.bias"], ...)
@@ -815,8 +829,9 @@ def painted(sampler, classifier, texts, v=None):
 
 
 def test_eq_12_without_pseudo_tokens_is_the_pipelines_own_encoding(sampler, pipeline):
-    expected, _ = pipeline.encode_prompt([*CAPTIONS, LONG], "cpu", 1, False)
-    assert_close(encode(sampler, [*CAPTIONS, LONG]), expected, rtol=0, atol=1e-6)
+    texts = [*CAPTIONS, LONG, "a photo of ki*te"]
+    expected, _ = pipeline.encode_prompt(texts, "cpu", 1, False)
+    assert_close(encode(sampler, texts), expected, rtol=0, atol=1e-6)
 
 
 def test_eq_12_with_the_embeddings_of_words_is_the_text_with_these_words(sampler):
@@ -993,9 +1008,13 @@ def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, mo
     assert np.abs(after - before).max() <= 1 and np.abs(before[0] - before[2]).max() > 50
     monkeypatch.setattr(generate, "OneStepSampler", None)  # nothing is missing: nothing is loaded
     command(GENERATE)
+    shutil.copytree(HERE / "tiny" / "turbo", "turbo")  # the same generator, until a file changes
+    command(f"{GENERATE} --generator turbo")
+    Path("turbo/unet/config.json").open("a").write(" ")
+    refused(f"{GENERATE} --generator turbo", "prompts.safetensors", "with generator")
     for other in ("--modes 4", "--seed 1", "--prompts text --out generated/tiny"):
         refused(f"{GENERATE} {other}", "prompts.safetensors", other.split()[1], "another folder")
-    refused(f"{GENERATE} --model vit_t --out generated/tiny", "weights")
+    refused(f"{GENERATE} --model vit_t --out generated/tiny", "fingerprint")
     monkeypatch.setattr(prompts, "LEARNING_RATE", 1.0)
     refused(GENERATE, "learning_rate 0.05, not 1.0")
     (folder / "prompts.safetensors").write_bytes(b"")
@@ -1046,6 +1065,14 @@ def test_two_processes_of_torchrun_are_one(workplace, command):
     assert two["losses"][-1] == pytest.approx(one["losses"][-1], rel=0.05)
 
 
+def test_no_process_paints_beside_a_class_made_otherwise(workplace, command, refused, monkeypatch):
+    """Though the class is another process's."""
+    line = "generate.py --model tiny --prompts class --per-mode 1 --modes"
+    command(f"{line} 1 --class star")  # class 1 of 12
+    monkeypatch.setattr(generate, "rank_and_processes", lambda: (0, 2))
+    refused(f"{line} 2 --class all", "0001_star", "modes 1, not 2")
+
+
 def test_the_names_of_class_folders():
     names = ["AC/DC, adapter", "../..", "great white shark"]
     folders = [generate.class_folder("out", label, names) for label in range(3)]
@@ -1062,8 +1089,18 @@ def test_a_generator_of_another_kind_or_with_gaps_is_refused(workplace, refused)
         file.write_text(text.replace(right, wrong))
         refused(f"{GENERATE} --generator turbo", "turbo", "Eq. (13)", wrong)
     file.write_text(text)
+    for part, config in (("unet", {"sample_size": None}), ("unet", {"sample_size": [16, 24]}),
+                         ("unet", {"num_class_embeds": 5}), ("vae", {"scaling_factor": 0})):
+        file = Path("turbo", part, "config.json")
+        text = file.read_text()
+        file.write_text(json.dumps(json.loads(text) | config))
+        refused(f"{GENERATE} --generator turbo", "generator turbo", "give SD-Turbo")
+        file.write_text(text)
     for file in sorted(Path("turbo").glob("*/*.safetensors")):
         content, tensors = file.read_bytes(), load_file(file)
+        nan = {name: tensor * torch.nan for name, tensor in tensors.items()}
+        save_file(nan, file, {"format": "pt"})
+        refused(f"{GENERATE} --generator turbo", "generator turbo", "no finite RGB")
         tensors.pop(missing := max(tensors))
         save_file(tensors, file, {"format": "pt"})
         refused(f"{GENERATE} --generator turbo", "turbo", missing)
@@ -1193,7 +1230,7 @@ def workplace(template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(evaluation.MODELS, "vit_t", "hub")
-    monkeypatch.setattr(generate.settings_of, "__defaults__", (None, "learned", 2, 0))
+    monkeypatch.setattr(generate.settings_of, "__defaults__", ("learned", 2, 0))
     for module, name, value in ((prompts, "STEPS", 1), (prompts, "CANDIDATES", 1),
                                 (prompts, "NOISE_PICTURES", 4), (quantize, "PICTURES", 1)):
         monkeypatch.setattr(module, name, value)
@@ -1408,6 +1445,7 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     ("quantize.py --model photos --bits w4a4 --images photos", ["photos", "config.json"]),
     ("quantize.py --model timm_swin --bits w4a4", ["swin_tiny", "--model swin_t"]),
     ("quantize.py --model bare --bits w4a4", ["bare", "no preprocessor_config.json"]),
+    ("quantize.py --model tiny --bits w4a4", ["generated/tiny", "0000_moon", "no classes"]),
     (f"{QUANTIZE} --bits w9a4", ["'w9a4'", "8"]),
     (f"{QUANTIZE} --bits w158a8x", ["'w158a8x'", "w4a4"]),
     (QUANTIZE, ["--bits"]),
@@ -1443,6 +1481,7 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
 def test_bad_input_is_one_line_and_status_2(line, fragments, workplace, refused):
     Path("loop").symlink_to("loop")
     Path("dangling").symlink_to("nowhere")
+    Path("generated/tiny/0000_moon").mkdir(parents=True)
     refused(line, *fragments)
 
 
@@ -1456,7 +1495,7 @@ def test_only_the_same_result_is_replaced(workplace, command, refused, monkeypat
             path.touch()
         command(f"{line} {model}")
         assert all(path.exists() for path in kept)
-    for other, fragment in (("hub --bits w3a3", "bits w4a4, not w3a3"), ("timm", "weights"),
+    for other, fragment in (("hub --bits w3a3", "bits w4a4, not w3a3"), ("timm", "fingerprint"),
                             ("hub --edge-bits same", "edge_bits 8, not same"),
                             ("hub --method block --steps 1", "method rtn, not block")):
         refused(f"{line} {other}", "q: holds a result", fragment, "--out")
@@ -1465,9 +1504,9 @@ def test_only_the_same_result_is_replaced(workplace, command, refused, monkeypat
     out, err = command("eval.py --model ../q --data ../photos")
     assert re.search(r"\nw4a4 +- +- +\d", out) and not err
     rewrite(workplace / "hub", tensors={"classifier.bias": torch.zeros(10)})
-    refused("eval.py --model ../q --data ../photos", "has other weights than those quantized")
+    refused("eval.py --model ../q --data ../photos", "is not what was quantized")
     out, err = command("eval.py --model ../q --data ../imagenet/val")
-    assert "without agreement" in err and "has other weights" in err
+    assert "without agreement" in err and "is not what was quantized" in err
 
 
 def test_a_full_disk_loses_nothing(workplace, command, monkeypatch):
@@ -1572,7 +1611,7 @@ def test_quantized_files_that_lie_are_refused(bits, tmp_path):
         about, changed = {**config, **about}, {**tensors, **changed}
         for seal in (checksum, vitq.checksum(json.dumps(about), changed)):
             save_file(changed, path, {"config": json.dumps({**about, "checksum": seal})})
-            with pytest.raises(vitq.BadInput, match="quantize it again"):
+            with pytest.raises(vitq.BadInput, match="remove it and quantize again"):
                 vitq.load_quantized(tmp_path)
     for position in np.random.default_rng(0).integers(0, len(data), 20):
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])

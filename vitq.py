@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig
 
 TERNARY = 1.58  # log2(3): the information in a weight of three levels
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 FAMILIES = {name: getattr(transformers, name) for name in (
     "ViTForImageClassification", "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher", "SwinForImageClassification")}
@@ -47,10 +47,10 @@ def reading(what, remedy):
     """Within it, whatever a damaged file causes becomes a BadInput with its name and the remedy."""
     try:
         yield
-    except BadInput:
+    except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BadInput(f"{what}: damaged or incomplete ({reason}); {remedy}") from error
 
 
@@ -531,17 +531,12 @@ def checksum(text, tensors):
     return digest.hexdigest()
 
 
-def fingerprint(model):
-    """A checksum of the parameters, which identifies the model."""
-    return checksum("", dict(model.named_parameters()))[:16]
-
-
 def save_quantized(model, folder, about):
     """Write a folded model to `folder`: model.safetensors, and config.json for people to read.
 
     `about` is a dictionary stored beside the network's own configuration: the bits and edge_bits of
-    `quantize_modules`; for eval.py and export.py also preprocessing, source and weights, as
-    quantize.py has them. Returns the size in bytes. Raises BadInput if a number is not finite.
+    `quantize_modules`; for eval.py and export.py also preprocessing, source and fingerprint,
+    as quantize.py has them. Returns the size in bytes. Raises BadInput if a number is not finite.
     """
     tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
     require(all(tensor.isfinite().all() for tensor in tensors.values()), "result",
@@ -590,7 +585,7 @@ def load_quantized(folder):
 
     Raises BadInput for another format version and for a file that is damaged or cut short.
     """
-    config, remedy = read_config(folder), "quantize it again"
+    config, remedy = read_config(folder), "remove it and quantize again"
     require(config, folder, "no quantized model, or a damaged one", remedy)
     require(config.get("version") == FORMAT_VERSION, folder, "of another format version", remedy)
     with reading(folder, remedy):
