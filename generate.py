@@ -53,8 +53,8 @@ class OneStepSampler:
     SD 2.1 overflows.
 
     There may be two decoders D. Pictures are painted by the generator's `vae`. Prompts are learned
-    through `taesd`, its small copy: the full one would take most of the computation, for
-    details that a classifier hardly sees. [ours]
+    through `taesd`, its small copy: the full one would take most of the computation, for details
+    that a classifier hardly sees. [ours]
     """
 
     def __init__(self, generator, device):
@@ -165,7 +165,8 @@ def is_done(folder, settings, per_mode):
     made, grid = folder / PROMPTS_FILE, folder / "grid.png"
     if made.exists():
         prompts.load_prompts(made, settings)
-    require(made.exists() or not [*folder.glob("[!.]*")], folder, f"has files, but no {made.name}",
+    # in this order, since another process may be writing them, the prompts first
+    require(not [*folder.glob("[!.]*")] or made.exists(), folder, f"has files, but no {made.name}",
             "name another folder with --out")
     paths = [made, grid, *picture_paths(folder, settings["modes"], per_mode)]
     return all(path.is_file() and path.stat().st_size for path in paths)
