@@ -68,6 +68,7 @@ class OneStepSampler:
         # t and sigma of the single step: with the "trailing" spacing of SD-Turbo, t = 999
         self.timestep = pipeline.scheduler.timesteps[0].to(device)
         self.sigma = float(pipeline.scheduler.sigmas[0])
+        # one picture by each decoder: whatever else does not fit together is seen now
         with torch.no_grad(), reading(f"generator {generator}", GENERATOR_REMEDY):
             plain = torch.zeros(1, 0, self.text_encoder.config.hidden_size, device=device)
             e = prompts.encode(self.text_encoder, self.tokenizer, [prompts.TEMPLATE], plain)
