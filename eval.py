@@ -571,7 +571,8 @@ def start(name):
     try:
         if name in (None, "cuda") and torch.cuda.is_available():
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process a number
-        device = torch.empty(1, device=name or "cpu").device
+        probe = torch.zeros(1, device=name or "cpu")
+        device, _ = probe.device, probe.item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         raise BadInput(f"device {name!r} is not available here; give --device cpu") from error
     if device.type == "cuda":
@@ -621,7 +622,7 @@ def original(config, needed):
     try:
         source = str(config.get("source"))
         classifier = load_classifier(source)
-        require(classifier.fingerprint == config.get("fingerprint"), f"model {source}",
+        require(classifier.fingerprint == config.get("model"), f"model {source}",
                 "is not what was quantized", "quantize it again")
         return classifier.model
     except BadInput as error:

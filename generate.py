@@ -288,7 +288,7 @@ def settings_of(classifier, generator, kind="learned", modes=MODES, seed=0):
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".json", ".safetensors", ".txt"):
             digest.update(f"{path.relative_to(folder)}".encode() + path.read_bytes())
-    return dict(fingerprint=classifier.fingerprint, prompts=kind, modes=modes, seed=seed,
+    return dict(model=classifier.fingerprint, prompts=kind, modes=modes, seed=seed,
                 generator=digest.hexdigest()[:16] if folder.is_dir() else generator,
                 **(prompts.constants() if kind == "learned" else {}))
 

@@ -307,7 +307,7 @@ def main():
     args = parse()
     device, (rank, processes) = start(args.device), rank_and_processes()
     classifier = load_classifier(args.model, device)
-    identity = {"fingerprint": classifier.fingerprint, "bits": args.bits,
+    identity = {"model": classifier.fingerprint, "bits": args.bits,
                 "edge_bits": args.edge_bits, "method": args.method}
     vitq.check_output(args.out, identity)
     if args.model == "tiny" and not args.data and rank == 0:

@@ -1014,7 +1014,7 @@ def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, mo
     refused(f"{GENERATE} --generator turbo", "prompts.safetensors", "with generator")
     for other in ("--modes 4", "--seed 1", "--prompts text --out generated/tiny"):
         refused(f"{GENERATE} {other}", "prompts.safetensors", other.split()[1], "another folder")
-    refused(f"{GENERATE} --model vit_t --out generated/tiny", "fingerprint")
+    refused(f"{GENERATE} --model vit_t --out generated/tiny", "made with model")
     monkeypatch.setattr(prompts, "LEARNING_RATE", 1.0)
     refused(GENERATE, "learning_rate 0.05, not 1.0")
     (folder / "prompts.safetensors").write_bytes(b"")
@@ -1455,7 +1455,8 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     (f"{GENERATE} --seed -1", ["--seed", "0 or more"]),
     (f"{QUANTIZE} --bits w4a4 --method sequential", ["sequential", "joint"]),
     (f"{QUANTIZE} --bits w4a4 --method rtn --steps 9", ["rtn", "--steps"]),
-    (f"{QUANTIZE} --bits w4a4 --device cuda:99", ["cuda:99", "--device cpu"]),
+    *((f"{QUANTIZE} --bits w4a4 --device {name}", [name, "--device cpu"])
+      for name in ("cuda:99", "meta")),
     (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
     (f"{QUANTIZE} --bits w4a4 --out photos/0.jpg/q", ["photos/0.jpg", "--out"]),
     (f"{QUANTIZE} --bits w4a4 --out dangling/q", ["dangling", "--out"]),
@@ -1495,7 +1496,7 @@ def test_only_the_same_result_is_replaced(workplace, command, refused, monkeypat
             path.touch()
         command(f"{line} {model}")
         assert all(path.exists() for path in kept)
-    for other, fragment in (("hub --bits w3a3", "bits w4a4, not w3a3"), ("timm", "fingerprint"),
+    for other, fragment in (("hub --bits w3a3", "bits w4a4, not w3a3"), ("timm", "with model"),
                             ("hub --edge-bits same", "edge_bits 8, not same"),
                             ("hub --method block --steps 1", "method rtn, not block")):
         refused(f"{line} {other}", "q: holds a result", fragment, "--out")

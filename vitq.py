@@ -535,8 +535,8 @@ def save_quantized(model, folder, about):
     """Write a folded model to `folder`: model.safetensors, and config.json for people to read.
 
     `about` is a dictionary stored beside the network's own configuration: the bits and edge_bits of
-    `quantize_modules`; for eval.py and export.py also preprocessing, source and fingerprint,
-    as quantize.py has them. Returns the size in bytes. Raises BadInput if a number is not finite.
+    `quantize_modules`; for eval.py and export.py also preprocessing, source and model, as
+    quantize.py has them. Returns the size in bytes. Raises BadInput if a number is not finite.
     """
     tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
     require(all(tensor.isfinite().all() for tensor in tensors.values()), "result",
