@@ -572,15 +572,15 @@ def start(name):
         if name in (None, "cuda") and torch.cuda.is_available():
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process a number
         probe = torch.zeros(1, device=name or "cpu")
-        device, _ = probe.device, probe.item()  # "meta" holds no numbers
+        probe.item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         raise BadInput(f"device {name!r} is not available here; give --device cpu") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if probe.is_cuda:
+        torch.cuda.set_device(probe.device)
     if rank_and_processes()[1] > 1 and not torch.distributed.is_initialized():
         # a day: processes that paint wait for each other at the end
         torch.distributed.init_process_group(timeout=timedelta(days=1))
-    return device
+    return probe.device
 
 
 def run(main):

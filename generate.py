@@ -68,14 +68,6 @@ class OneStepSampler:
         # t and sigma of the single step: with the "trailing" spacing of SD-Turbo, t = 999
         self.timestep = pipeline.scheduler.timesteps[0].to(device)
         self.sigma = float(pipeline.scheduler.sigmas[0])
-        # one picture by each decoder: whatever else does not fit together is seen now
-        with torch.no_grad(), reading(f"generator {generator}", GENERATOR_REMEDY):
-            plain = torch.zeros(1, 0, self.text_encoder.config.hidden_size, device=device)
-            e = prompts.encode(self.text_encoder, self.tokenizer, [prompts.TEMPLATE], plain)
-            for decoder in (self.vae, self.taesd):
-                picture = self(e, self.noise(1, prompts.rng_of(0)), decoder)
-                require(picture.shape[1] == 3 and picture.isfinite().all(),
-                        f"generator {generator}", "paints no finite RGB", GENERATOR_REMEDY)
 
     def noise(self, count, rng):
         """n of Eq. (13), (count, 4, h, w), drawn on the CPU: it is the same on all devices."""
@@ -90,6 +82,19 @@ class OneStepSampler:
         eps = self.unet(noisy.to(dtype), self.timestep, e.to(dtype)).sample
         z0 = self.sigma * (noise - eps.float())  # in float32: sigma multiplies each rounding
         return decoder.decode((z0 / decoder.config.scaling_factor).to(dtype)).sample.float()
+
+
+def try_out(sampler, generator):
+    """Paint one picture through each decoder. Raises BadInput if its parts do not fit together."""
+    what, encoder = f"generator {generator}", sampler.text_encoder
+    with torch.no_grad(), reading(what, GENERATOR_REMEDY):
+        noise = sampler.noise(1, prompts.rng_of(0))
+        v = noise.new_zeros(1, 0, encoder.config.hidden_size)
+        e = prompts.encode(encoder, sampler.tokenizer, [prompts.TEMPLATE], v)
+        for decoder in (sampler.vae, sampler.taesd):
+            x = sampler(e, noise, decoder)
+            require(x.shape[1] == 3 and x.isfinite().all(), what,
+                    "its pictures are not finite, or not RGB", GENERATOR_REMEDY)
 
 
 def load_part(network, source, **options):
@@ -166,7 +171,7 @@ def is_done(folder, settings, per_mode):
     made, grid = folder / PROMPTS_FILE, folder / "grid.png"
     if made.exists():
         prompts.load_prompts(made, settings)
-    # in this order, since another process may be writing them, the prompts first
+    # Files are looked for first: of a class that another process makes, prompts come first.
     require(not [*folder.glob("[!.]*")] or made.exists(), folder, f"has files, but no {made.name}",
             "name another folder with --out")
     paths = [made, grid, *picture_paths(folder, settings["modes"], per_mode)]
@@ -225,8 +230,10 @@ def fill(out, classifier, labels, device, per_mode, settings, generator):
     folders = {label: class_folder(out, label, classifier.class_names) for label in labels}
     # every process looks at all of them: none paints if one class was made with other settings
     done = {label: is_done(folder, settings, per_mode) for label, folder in folders.items()}
-    mine = labels[rank::processes]
-    sampler = None if all(done[label] for label in mine) else OneStepSampler(generator, device)
+    mine, sampler = labels[rank::processes], None
+    if not all(done[label] for label in mine):
+        sampler = OneStepSampler(generator, device)
+        try_out(sampler, generator)
     # on a GPU, only kernels that add in the same order each time: a seed gives the same pictures
     torch.use_deterministic_algorithms(device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling takes a kernel per tensor

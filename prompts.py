@@ -45,9 +45,11 @@ def token_ids(tokenizer, texts, pseudo_tokens, length, device):
     The places of the pseudo-tokens hold the start token, whose embedding will be replaced there.
     Cached: each step asks again.
     """
-    slots, count = tokenizer.bos_token * pseudo_tokens, min(pseudo_tokens, 1)
-    ids = tokenizer([text.replace(SLOT, slots, count) for text in texts], padding="max_length",
-                    truncation=True, max_length=length, return_tensors="pt").input_ids
+    if pseudo_tokens:  # plain texts have no slot, but may have a star
+        slots = tokenizer.bos_token * pseudo_tokens
+        texts = [text.replace(SLOT, slots, 1) for text in texts]
+    ids = tokenizer([*texts], padding="max_length", truncation=True, max_length=length,
+                    return_tensors="pt").input_ids
     first = ids[0, 1:].tolist().index(tokenizer.bos_token_id) + 1 if pseudo_tokens else 1
     return ids.to(device), first
 

@@ -1100,7 +1100,7 @@ def test_a_generator_of_another_kind_or_with_gaps_is_refused(workplace, refused)
         content, tensors = file.read_bytes(), load_file(file)
         nan = {name: tensor * torch.nan for name, tensor in tensors.items()}
         save_file(nan, file, {"format": "pt"})
-        refused(f"{GENERATE} --generator turbo", "generator turbo", "no finite RGB")
+        refused(f"{GENERATE} --generator turbo", "generator turbo", "not finite")
         tensors.pop(missing := max(tensors))
         save_file(tensors, file, {"format": "pt"})
         refused(f"{GENERATE} --generator turbo", "turbo", missing)
