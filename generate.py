@@ -80,7 +80,7 @@ class OneStepSampler:
         decoder, dtype = decoder or self.vae, self.unet.dtype
         noisy = self.sigma * noise / math.sqrt(self.sigma ** 2 + 1)
         eps = self.unet(noisy.to(dtype), self.timestep, e.to(dtype)).sample
-        z0 = self.sigma * (noise - eps.float())  # in float32: sigma multiplies each rounding
+        z0 = self.sigma * (noise - eps.float())  # float32: sigma multiplies rounding errors
         return decoder.decode((z0 / decoder.config.scaling_factor).to(dtype)).sample.float()
 
 
@@ -171,7 +171,8 @@ def is_done(folder, settings, per_mode):
     made, grid = folder / PROMPTS_FILE, folder / "grid.png"
     if made.exists():
         prompts.load_prompts(made, settings)
-    # Files are looked for first: of a class that another process makes, prompts come first.
+    # Files are listed before the prompts are looked for: another process may be making this class,
+    # and it writes the prompts first.
     require(not [*folder.glob("[!.]*")] or made.exists(), folder, f"has files, but no {made.name}",
             "name another folder with --out")
     paths = [made, grid, *picture_paths(folder, settings["modes"], per_mode)]
@@ -282,7 +283,7 @@ def parser():
     add("--modes", type=whole_number(1), default=MODES, help="prompts per class (%(default)s)")
     add("--per-mode", type=whole_number(1), default=4, help="pictures per prompt (%(default)s)")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
-    add("--out", metavar="DIR", help="default: generated/<model>, for a baseline -<prompts>")
+    add("--out", metavar="DIR", help="default: generated/<model>, or <model>-<prompts>")
     return parser
 
 
