@@ -136,6 +136,7 @@ def transformers_preprocessing(what, processor):
     name, size = type(processor).__name__, processor.size
     require(re.fullmatch("(ViT|DeiT|CLIP)ImageProcessor(Fast|Pil)?", name), what, name)
     require(processor.do_resize and processor.do_rescale, what, "do_resize or do_rescale false")
+    require(processor.rescale_factor, what, f"rescale_factor {processor.rescale_factor}")
     require(processor.resample in range(4), what, f"resample {processor.resample}")
     require(not size.longest_edge, what, f"size with longest_edge {size.longest_edge}")
     crop = processor.crop_size if processor.do_center_crop else size

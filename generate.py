@@ -293,9 +293,10 @@ def settings_of(classifier, generator, kind="learned", modes=MODES, seed=0):
     A generator on the hub is known by its name, one in a folder by a checksum of its files.
     """
     digest, folder = hashlib.sha256(), generator_folder(generator)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".safetensors", ".txt"):
-            digest.update(f"{path.relative_to(folder)}".encode() + path.read_bytes())
+    with reading(f"generator {generator}", GENERATOR_REMEDY):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".json", ".safetensors", ".txt"):
+                digest.update(f"{path.relative_to(folder)}".encode() + path.read_bytes())
     return dict(model=classifier.fingerprint, prompts=kind, modes=modes, seed=seed,
                 generator=digest.hexdigest()[:16] if folder.is_dir() else generator,
                 **(prompts.constants() if kind == "learned" else {}))

@@ -529,6 +529,7 @@ def test_transformers_checkpoints_give_transformers_logits(options, tmp_path):
         "input_size", "crop_pct", "interpolation", "mean", "std")),
     *(("hub", "processor", {name: False}, name) for name in ("do_resize", "do_rescale")),
     *(("hub", "processor", {"resample": kind}, f"resample {kind}") for kind in (None, 4, 5)),
+    ("hub", "processor", {"rescale_factor": 0}, "rescale_factor 0"),
     *(("hub", "processor", {"size": size}, fragment) for size, fragment in (
         ({"shortest_edge": 32, "longest_edge": 40}, "longest_edge 40"),
         ({"height": 48, "width": 48}, "image_size is 32, the processor's pictures have 48"),
@@ -1106,6 +1107,9 @@ def test_a_generator_of_another_kind_or_with_gaps_is_refused(workplace, refused)
         refused(f"{GENERATE} --generator turbo", "turbo", missing)
         file.unlink()
         refused(f"{GENERATE} --generator turbo", "turbo", file.name)
+        file.symlink_to("nowhere")
+        refused(f"{GENERATE} --generator turbo", "generator turbo", "give SD-Turbo")
+        file.unlink()
         file.write_bytes(b"cut short")
         refused(f"{GENERATE} --generator turbo", "turbo", "damaged")
         file.write_bytes(content)
