@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
 
-from eval import RecordedStep
-from vitq import reading, require, write_whole
+import vitq
+from checkpoints import reading, require, write_whole
 
 TEMPLATE = "a photo of"
 SLOT = "*"  # marks in a prompt's text where its pseudo-tokens stand
 PSEUDO_TOKENS = 4  # m
 STEPS = 10
 LEARNING_RATE = 0.05  # relative to the rms of the word embeddings, which differs by generator
-PROMPT_WEIGHT, IMAGE_WEIGHT = 0.1, 1.0  # b_p and b_i of Eq. (17)
+PROMPT_WEIGHT, IMAGE_WEIGHT = 0.1, 1.0  # mu_v and mu_x of Eq. (17)
 CANDIDATES = 16  # random prompts per mode, from which the start is chosen
 START_WEIGHT = 3.0  # of the cosine with the nearest mode chosen so far
 NOISE_PICTURES = 64  # of the bare class prompt, to see what noise changes
@@ -55,7 +55,7 @@ def token_ids(tokenizer, texts, pseudo_tokens, length, device):
 
 
 def encode(text_encoder, tokenizer, texts, v):
-    """Eq. (12): e_ck = T("a photo of  v_ck1 ... v_ckm  <class>"). [ours]
+    """Eq. (12): t_ck = T("a photo of  v_ck1 ... v_ckm  <class>"). [ours]
 
     K texts and their pseudo-tokens v (K, m, d) -> (K, tokens, width). m = 0 encodes plain texts.
     """
@@ -73,19 +73,34 @@ def encode(text_encoder, tokenizer, texts, v):
 # -------------------- Eq. (14)-(17): the losses
 
 def class_loss(logits, label):
-    """Eq. (14): L_cls = CE(f(x_ck), c). logits (K, classes). [ours]"""
+    """Eq. (14): L_cls = mean over k of CE(f(x_ck), c). logits (K, classes). [ours]"""
     return F.cross_entropy(logits, torch.full((len(logits),), label, device=logits.device))
 
 
 def mean_cosine(vectors):
-    """Eq. (15): L_prompt = mean over k < k' of cos(v_ck, v_ck'). [ours]
-    Eq. (16): L_image = mean over k < k' of cos(P phi(x_ck), P phi(x_ck')). [ours]
+    """Eq. (15): L_prompt = mean over k < k' of cos(v_ck, v_ck').
+    Eq. (16): L_image = mean over k < k' of cos(P phi(x_ck), P phi(x_ck')).
+
+    That prompts and features are asked to differ is [paper], the cosines are [ours].
 
     vectors (K, ...). The pairs need no loop: with unit vectors u, |sum_k u_k|^2 is K plus twice the
     sum of all cosines.
     """
     u = F.normalize(vectors.flatten(1), dim=1)
     return (u.sum(0).square().sum() - len(u)) / max(len(u) * (len(u) - 1), 1)
+
+
+def features(classifier, images):
+    """f and phi of Eq. (14) and (16): logits (B, classes), phi (B, blocks x channels). [ours]
+
+    images: float (B, 3, H, W) in [0, 1], of any size, on the model's device. phi: the mean token of
+    every block's output, each scaled to unit length, so that all blocks count alike. The head's own
+    input would not do: a good classifier's is nearly the same for all pictures of a class, while
+    the layers below still tell them apart.
+    """
+    with vitq.block_outputs(classifier.model) as h:
+        logits = classifier.model(classifier.preprocessing.of_pictures(images)).logits
+    return logits, torch.cat([F.normalize(output.mean(1)) for output in h], 1)
 
 
 def noise_directions(phi):
@@ -99,12 +114,13 @@ def noise_directions(phi):
 
 
 def project(phi, directions):
-    """P phi of Eq. (16): phi (K, features) without its part in `directions`. [ours]"""
+    """P phi of Eq. (16): phi (K, features) without its part in `directions`. That features are to
+    differ is [paper], P is [ours]."""
     return phi - phi @ directions.T @ directions
 
 
 def prompt_loss(logits, label, v, phi, directions):
-    """Eq. (17): L = L_cls + b_p L_prompt + b_i L_image. [ours]"""
+    """Eq. (17): L = L_cls + mu_v L_prompt + mu_x L_image. [ours]"""
     return (class_loss(logits, label) + PROMPT_WEIGHT * mean_cosine(v)
             + IMAGE_WEIGHT * mean_cosine(project(phi, directions)))
 
@@ -118,8 +134,8 @@ def paint_and_classify(sampler, classifier, text, v, noise, micro_batch):
     generator at a time, and a second time in the backward pass, which bounds the memory.
     """
     def paint(v, noise):
-        e = encode(sampler.text_encoder, sampler.tokenizer, [text] * len(v), v)
-        return classifier.features((sampler(e, noise, sampler.taesd) + 1) / 2)
+        t = encode(sampler.text_encoder, sampler.tokenizer, [text] * len(v), v)
+        return features(classifier, (sampler(t, noise, sampler.taesd) + 1) / 2)
 
     if len(v) <= micro_batch:
         return paint(v, noise)
@@ -155,11 +171,11 @@ def rng_of(*numbers):
     return torch.Generator().manual_seed(int(state))
 
 
-def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress):
+def learn(sampler, classifier, label, name, modes, seed, micro_batch):
     """K = `modes` prompts of the class `label`, called `name`: texts, and pseudo-tokens (K, m, d).
 
-    sampler: of generate.py, Eq. (13). classifier: f and phi of Eq. (14) and (16), of eval.py.
-    progress: called with the loss after each step. Raises BadInput at a loss that is not finite.
+    sampler: of generate.py, Eq. (13). classifier: a `checkpoints.Classifier`, f of Eq. (14).
+    Raises BadInput at a loss that is not finite.
     """
     embeddings = sampler.text_encoder.get_input_embeddings().weight.float()  # (vocabulary, d)
     rng = rng_of(seed, label)
@@ -180,25 +196,16 @@ def learn(sampler, classifier, label, name, modes, seed, micro_batch, progress):
 
     optimizer = torch.optim.Adam([v], lr=LEARNING_RATE * embeddings.square().mean().sqrt().item())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    noise, latest = sampler.noise(modes, rng), torch.zeros((), device=v.device)
-
-    def gradient():
-        optimizer.zero_grad()
+    for step in range(STEPS):
+        noise = sampler.noise(modes, rng)  # fresh: a prompt must hold for any noise
         logits, phi = paint_and_classify(sampler, classifier, text, v, noise, micro_batch)
         loss = prompt_loss(logits, label, v, phi, directions)
+        optimizer.zero_grad()
         loss.backward()
-        latest.copy_(loss.detach())
-
-    gradient = RecordedStep(gradient, v.device)
-    for step in range(STEPS):
-        noise.copy_(sampler.noise(modes, rng))  # fresh: a prompt must hold for any noise
-        gradient()
         optimizer.step()
         schedule.step()
-        loss = latest.item()
-        require(math.isfinite(loss), f"class {name!r}", "the loss is not finite at step "
+        require(loss.isfinite(), f"class {name!r}", "the loss is not finite at step "
                 f"{step + 1} of {STEPS}; its prompts were not written", "try another --seed")
-        progress(loss)
     return [text] * modes, v.detach()
 
 

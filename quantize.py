@@ -11,9 +11,11 @@ The images need no labels. The result is the folder quantized/<model>-<bits> (of
 one loop. The modules of Eq. (1)-(8) are in vitq.py.
 """
 import copy
+import functools
 import json
 import math
 import re
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -22,21 +24,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from tqdm import tqdm
 
 import generate
 import vitq
-from eval import (FULL_PRECISION, MODEL_HELP, Parser, RecordedStep, compiled, decode, evaluate,
-                  labelled_images, list_images, load_classifier, patched, rank_and_processes, run,
-                  source_of, start, whole_number)
+from checkpoints import (MODEL_HELP, BadInput, check_output, load_classifier, reading,
+                         require, save_quantized, source_of, write_whole)
+from eval import (FULL_PRECISION, Parser, decode, evaluate, labelled_images, list_images, progress,
+                  rank_and_processes, run, start, whole_number)
 from tiny import shapes
-from vitq import BadInput, require
 
-INITIALIZATION_IMAGES = 32  # [paper]
-STEPS, BATCH = 12_000, 64  # [paper] has 24,000 steps of 32: as many pictures
+INITIALIZATION_IMAGES = 32  # [ours]
+STEPS, BATCH = 12_000, 64  # [ours]
 TINY_STEPS, TINY_BATCH = 400, 24  # for --model tiny, whose pictures are learned sooner
-PICTURES = 960  # painted where no images are given: at least this many, and at least one per prompt
-FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0  # a_f, a_z of Eq. (11), from held-out pictures [ours]
+# lambda_f, lambda_p of Eq. (11). Eq. (9) is a relative error: with 100, one percent of it weighs as
+# much as one nat of Eq. (10), and both are about as large at the end. Chosen on held-out pictures,
+# where 30 is worse and 300 no better. [ours]
+FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
 # weights are some 0.05 large; on a much longer walk they lose what pretraining gave them.
@@ -58,12 +61,11 @@ def count_class_tokens(model):
 
 
 def feature_loss(features, quantized_features, class_tokens):
-    """Eq. (9): L_feat = 1/L sum_l weighted mean over tokens of ||h_l - h^_l||^2 / ||h_l||^2.
+    """Eq. (9): L_feat = mean over blocks l and tokens of ||h_l - h^_l||^2 / ||h_l||^2, in which the
+    class tokens count as much as all patches together: only they reach the head. [ours]
 
-    Two lists of h_l, (B, T, channels) each. Distilling intermediate features is [paper]; the
-    normalization and the mean are [ours]. The normalization is per token because a few tokens of a
-    ViT have massive activations: with one norm for all tokens, the others would hardly be trained.
-    In the mean, the class tokens count as much as all patches together: only they reach the head.
+    Two lists of h_l, (B, T, channels) each. The norm is per token because a few tokens of a ViT
+    have massive activations: with one norm for all tokens, the others would hardly be trained.
     """
     def mean_over_tokens(error):  # (B, T)
         if class_tokens == 0:
@@ -75,15 +77,27 @@ def feature_loss(features, quantized_features, class_tokens):
 
 
 def logit_loss(logits, quantized_logits):
-    """Eq. (10): L_logit = KL(p || p^), the mean over the batch; (B, classes) each. [paper]"""
+    """Eq. (10): L_logit = KL(p || p^), the mean over the batch; (B, classes) each. [ours]
+
+    In this direction it is the cross-entropy with the teacher's probabilities as soft labels, less
+    a constant. It is large where the teacher gives a class some probability and the student gives
+    it none. KL(p^ || p) would stay small for a student that keeps only the likeliest class.
+    """
     return F.kl_div(quantized_logits.log_softmax(-1), logits.log_softmax(-1), reduction="batchmean",
                     log_target=True)
 
 
 def joint_loss(features, quantized_features, logits, quantized_logits, class_tokens):
-    """Eq. (11): min over Theta of E_x [a_f L_feat + a_z L_logit]; this is the bracket. [ours]
+    """Eq. (11): min over Theta of E_x [lambda_f L_feat + lambda_p L_logit]; this is the bracket.
+    Theta = {s, z, g, r, dW, biases, LayerNorms} of all layers at once, see `trained_parameters`
+    (of s, g and r, the logarithms).
+    Joint and without labels is [paper], the sum is [ours].
 
-    Theta = {s, z, g, r, dW, biases, LayerNorms} of all layers at once, see `trained_parameters`.
+    Why jointly? A block that is trained alone makes its own error small. It cannot know which
+    errors the later blocks can still repair, nor that one which it leaves small is amplified
+    further up, and what is left adds up from block to block. One loss on all block outputs and on
+    the logits weighs each error by what it does to the answer, and a later layer learns to undo
+    what an earlier one could not avoid. `--method block` is the comparison.
     """
     return (FEATURE_WEIGHT * feature_loss(features, quantized_features, class_tokens)
             + LOGIT_WEIGHT * logit_loss(logits, quantized_logits))
@@ -95,7 +109,7 @@ def trained_parameters(model):
     """Theta of Eq. (11), name -> parameter: all but class tokens, position embeddings, Swin's
     position bias tables, and the scale and zero point of the image.
 
-    Trained, this scale would shrink until black and white clip: see `vitq.CLIPPING_GRID`.
+    Trained, that scale would shrink and clip black and white, for finer levels in between.
     """
     return {name: parameter for name, parameter in model.named_parameters()
             if not re.search(r"position|token|projection\.input_quantizer", name)}
@@ -144,12 +158,6 @@ def optimizer_of(parameters, steps, device):
         1, (done + 1) / (WARMUP * steps)) * (0.5 + 0.5 * math.cos(math.pi * done / steps)))
 
 
-def fading(student, t):
-    """A context in which the ternary weights that are trained are W + t (W^ - W). [ours]"""
-    return patched("fade", {layer: t for _, layer in vitq.modules_of(student, vitq.QuantWeight)
-                            if layer.weight_bits == vitq.TERNARY and layer.weight.requires_grad})
-
-
 # -------------------- The loop
 
 def random_views(images, size, u):
@@ -168,6 +176,32 @@ def random_views(images, size, u):
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
+def draw_from(images, probabilities, preprocessing, batch):
+    """A function that draws a batch: random views as the network's input, (batch, 3, H, W).
+
+    images: uint8 (N, 3, S, S); probabilities (N,). Processes have the same seed, and each uses its
+    own part of the random numbers, so that their views differ.
+    """
+    rank, processes = rank_and_processes()
+    mine, device = slice(rank * batch, (rank + 1) * batch), images.device
+
+    def draw():
+        index = torch.multinomial(probabilities, batch * processes, replacement=True)[mine]
+        u = torch.rand(5, batch * processes, device=device)[:, mine]
+        x = random_views(images[index], preprocessing.crop, u)
+        # in channels_last, convolutions are faster
+        return preprocessing.normalizer(device)(x).to(memory_format=torch.channels_last)
+    return draw
+
+
+def fade_in(student, t):
+    """While they are trained, ternary weights are W + t (W^ - W), with t from 0 to 1; t = None:
+    they are W^, for good. [ours]"""
+    for _, layer in vitq.modules_of(student, vitq.QuantWeight):
+        trained = layer.weight_bits == vitq.TERNARY and layer.weight.requires_grad
+        layer.fade = t if trained else None
+
+
 def mean_over_processes(tensors):
     """Replace each of the tensors by its mean over the processes of torchrun, in one message."""
     if torch.distributed.is_initialized():
@@ -176,57 +210,111 @@ def mean_over_processes(tensors):
         vector_to_parameters(everything / torch.distributed.get_world_size(), tensors)
 
 
-def train(student, teacher, method, images, probabilities, preprocessing, steps, batch, progress):
-    """Train `student` to follow `teacher`, without labels; both frozen, on the device of `images`.
+def train_stage(student, teacher, draw, parameters, loss_function, steps, bar):
+    """Train `parameters` (name -> parameter) of the student to follow the teacher. Returns the loss
+    of the first, every tenth and the last step. Raises BadInput if one of them is not finite."""
+    device, class_tokens, losses = student.device, count_class_tokens(student), []
+    optimizer, schedule = optimizer_of(parameters, steps, device)  # they require gradients now
+    loss_function = compiled(loss_function, device, steps)
+    latest, t = torch.zeros(2, device=device)
+    fade_in(student, t)
 
-    images: uint8 (N, 3, S, S); probabilities: of drawing each of them, (N,). steps: in all, of
-    `batch` images in each process. Returns the loss of the first, every tenth and the last step.
-    Raises BadInput if one of them is not finite.
-    """
-    device, losses, taken, (rank, processes) = images.device, [], 0, rank_and_processes()
-    mine = slice(rank * batch, (rank + 1) * batch)  # all processes draw the same numbers
-    class_tokens = count_class_tokens(student)
-    modules = [*vitq.blocks(student), *vitq.blocks(teacher),
-               *(conv for _, conv in vitq.modules_of(student, vitq.QuantConv2d))]
-    with patched("forward", {m: compiled(m.forward, device, steps) for m in modules}), \
-            vitq.block_outputs(teacher) as h, vitq.block_outputs(student) as h_q:
-        for parameters, loss_function, stage_steps in stages(student, method, steps):
-            loss_function = compiled(loss_function, device, stage_steps)
-            optimizer, schedule = optimizer_of(parameters, stage_steps, device)
-            latest, t = torch.zeros(2, device=device)
+    def step():
+        x = draw()
+        # on a GPU, operands are bfloat16, in which integers up to 256 are exact
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits, logits_q = teacher(x).logits, student(x).logits
+        loss = loss_function(h, h_q, logits.float(), logits_q.float(), class_tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        loss = loss.detach()
+        mean_over_processes([loss, *(p.grad for p in parameters.values())])
+        latest.copy_(loss)
+        optimizer.step()
 
-            def step():
-                index = torch.multinomial(probabilities, batch * processes, replacement=True)[mine]
-                u = torch.rand(5, batch * processes, device=device)[:, mine]
-                x = random_views(images[index], preprocessing.crop, u)
-                # in channels_last, convolutions are faster
-                x = preprocessing.normalizer(device)(x).to(memory_format=torch.channels_last)
-                # on a GPU, operands are bfloat16, in which integers up to 256 are exact
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    logits, logits_q = teacher(x).logits, student(x).logits
-                loss = loss_function(h, h_q, logits.float(), logits_q.float(), class_tokens)
-                optimizer.zero_grad()
-                loss.backward()
-                loss = loss.detach()
-                mean_over_processes([loss, *(p.grad for p in parameters.values())])
-                latest.copy_(loss)
-                optimizer.step()
-
-            step = RecordedStep(step, device)
-            with fading(student, t):
-                for done in range(1, stage_steps + 1):
-                    t.fill_(min(1, done / (FADE * stage_steps)))
-                    step()
-                    schedule.step()
-                    taken += 1
-                    progress.update()
-                    if taken % READ_EVERY == 0 or taken in (1, steps):
-                        losses.append(latest.item())
-                        progress.set_postfix(loss=f"{losses[-1]:.4f}")
-                        require(math.isfinite(losses[-1]), f"step {taken} of {steps}",
-                                "the loss is not finite", "try other images or more bits")
-            student.requires_grad_(False)
+    with vitq.block_outputs(teacher) as h, vitq.block_outputs(student) as h_q:
+        step = recorded(step, device)
+        for done in range(1, steps + 1):
+            t.fill_(min(1, done / (FADE * steps)))
+            step()
+            schedule.step()
+            bar.update()
+            if done % READ_EVERY == 0 or done in (1, steps):
+                losses.append(latest.item())
+                bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+                require(math.isfinite(losses[-1]), f"step {done} of {steps}",
+                        "the loss is not finite", "try other images or more bits")
+    student.requires_grad_(False)
+    fade_in(student, None)
     return losses
+
+
+def train(student, teacher, method, draw, steps, bar):
+    """Train `student` to follow `teacher`, without labels: Eq. (11), or the baseline `method`.
+
+    Both are frozen, on one device. draw: of `draw_from`. Returns the losses of `train_stage`.
+    """
+    losses, embedding = [], [layer for _, layer in vitq.modules_of(student, vitq.QuantConv2d)]
+    modules = [*vitq.blocks(student), *vitq.blocks(teacher), *embedding]
+    for module in modules:
+        module.forward = compiled(module.forward, student.device, steps)
+    for parameters, loss_function, stage_steps in stages(student, method, steps):
+        losses += train_stage(student, teacher, draw, parameters, loss_function, stage_steps, bar)
+    for module in modules:
+        del module.forward  # the class's own again, which is not compiled
+    return losses
+
+
+# -------------------- Steps that run without a gap
+
+def recorded(step, device):
+    """`step`, a function without arguments; on a GPU, recorded as a CUDA graph at its fourth call.
+
+    A training step is thousands of small kernels, which take longer to launch one by one than to
+    run. Replayed as a whole, they run without a gap. What changes from step to step has to lie in
+    tensors that are written in place. Recording needs a stream of its own.
+    """
+    if device.type == "cpu":
+        return step
+    stream, graph, calls = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), []
+
+    def on_stream():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            if len(calls) == 3:  # the first ones allocate memory and choose kernels
+                with torch.cuda.graph(graph, stream=stream):
+                    step()
+            calls.append(graph.replay if len(calls) >= 3 else step)
+            calls[-1]()
+        torch.cuda.current_stream().wait_stream(stream)
+    return on_stream
+
+
+@functools.cache
+def can_compile(device):
+    """Whether torch.compile works here, which needs a compiler of C++. If not, says so, once."""
+    if device.type == "cpu":
+        # Few kernels: workers would take longer to import torch than to compile. Of the vector
+        # instructions, the processor's own list is believed: trying all of them takes long, too.
+        torch._inductor.config.compile_threads, torch._inductor.config.cpp.vec_isa_ok = 1, True
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        return True
+    except Exception as error:
+        print(f"steps are slow, since not compiled ({type(error).__name__})", file=sys.stderr)
+        return False
+
+
+def compiled(function, device, steps):
+    """`function`, compiled for `steps` calls, which fuses its small kernels; or as it is."""
+    # shorter runs do not earn back the time that compiling takes
+    if steps < 100 or not can_compile(device):
+        return function
+    torch._dynamo.config.recompile_limit = 64  # of one function, for other shapes; torch has 8
+    # combo_kernels: independent kernels, such as those of the weights, are launched as one;
+    # force_shape_pad: matrices with rows of 197 numbers are padded to a multiple of 8
+    options = dict.fromkeys(["combo_kernels", "force_shape_pad"], device.type == "cuda")
+    return torch.compile(function, dynamic=False, options=options)
 
 
 # -------------------- Command line
@@ -236,14 +324,16 @@ def parser():
     add = parser.add_argument
     add("--model", required=True, help=MODEL_HELP)
     add("--bits", required=True, help="wXaY: per weight (158: ternary, or 2..8) and per activation")
-    add("--images", nargs="+", metavar="DIR", help="unlabelled images, in any tree; each folder is "
-        "drawn as often as another (default: generated/<model>, painted first if missing)")
+    add("--images", nargs="+", metavar="DIR", help="unlabelled images, in any tree; all folders "
+        "are drawn equally often (default: generated/<model>, painted first if missing)")
     add("--data", metavar="DIR", help="images for the last table: a folder per class, or no labels")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
-    add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
+    add("--edge-bits", choices=["8", "same"], default="8",
+        help="of patch embedding and head (default: %(default)s)")
     add("--steps", type=whole_number(1), help=f"default: {STEPS}; tiny {TINY_STEPS}")
     add("--batch", type=whole_number(1), help=f"per process (default: {BATCH}; tiny {TINY_BATCH})")
-    add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
+    add("--seed", type=whole_number(0), default=0,
+        help="of the training, not of pictures painted first (default: %(default)s)")
     add("--out", metavar="DIR", help="default: quantized/<model>-<bits>, for a baseline -<method>")
     return parser
 
@@ -251,41 +341,29 @@ def parser():
 def parse():
     """The command line, with the defaults that depend on --model and --method."""
     args = parser().parse_args()
-    vitq.parse_bits(args.bits)
-    require(args.method != "rtn" or not (args.steps or args.batch), "--method rtn",
-            "it trains nothing", "leave out --steps and --batch")
+    with reading("--bits", "see --help", "not followed"):
+        vitq.parse_bits(args.bits)
     steps, batch = (TINY_STEPS, TINY_BATCH) if args.model == "tiny" else (STEPS, BATCH)
     args.steps = 0 if args.method == "rtn" else args.steps or steps
     args.batch = args.batch or batch
-    args.edge_bits = args.edge_bits if args.edge_bits == "same" else int(args.edge_bits)
     suffix = "" if args.method == "joint" else f"-{args.method}"
     args.out = Path(args.out or f"quantized/{Path(args.model).resolve().name}-{args.bits}{suffix}")
     return args
 
 
-def paint_missing(model, classifier, device):
-    """The folder generated/<model>, with learned prompts, after painting what it lacks."""
-    folder, generator = generate.default_folder(model), generate.default_generator(model)
-    settings, names = generate.settings_of(classifier, generator), classifier.class_names
-    own = {generate.class_folder(folder, label, names) for label in range(len(names))}
-    others = [path.name for path in folder.glob("[!.]*") if path.is_dir() and path not in own]
-    require(not others, folder, f"{others[:3]} are no classes of the model", "move them away")
-    per_mode = math.ceil(PICTURES / (len(names) * settings["modes"]))
-    generate.fill(folder, classifier, range(len(names)), device, per_mode, settings, generator)
-    return str(folder)
-
-
 def read_images(folders, preprocessing, device):
-    """The images of some folders, uint8 (N, 3, S, S), with a margin for crops, and how likely each
-    of them is to be drawn, (N,).
+    """This process's share of the images of some folders, uint8 (N, 3, S, S), with a margin for
+    crops, and their sampling probabilities, (N,).
 
-    Each folder is drawn as often as another, so that a thousand sharp photographs of what the
-    network is for are not lost among twenty thousand others.
+    All folders are drawn equally often, so that a thousand sharp photographs of what the network is
+    for are not lost among twenty thousand others.
     """
     transform = preprocessing.pixels(2 * round(MARGIN * preprocessing.crop / 2))
+    rank, processes = rank_and_processes()
     # all folders are listed, which may raise BadInput, before any image is decoded
+    shares = [paths[rank::processes] or paths for paths in map(list_images, folders)]
     images = [torch.cat([pixels for _, pixels in decode(paths, transform, "reading")])
-              for paths in [list_images(folder) for folder in folders]]
+              for paths in shares]
     probabilities = [torch.full((len(some),), 1 / (len(some) * len(images))) for some in images]
     return torch.cat(images).to(device), torch.cat(probabilities).to(device)
 
@@ -293,55 +371,60 @@ def read_images(folders, preprocessing, device):
 def save_anywhere(student, out, identity, about):
     """Save to `out`, or, since training took long, to a temporary folder. Returns the bytes."""
     try:
-        vitq.check_output(out, identity)  # again: others may have written there since
-        return vitq.save_quantized(student, out, {**identity, **about})
+        check_output(out, identity)  # again: others may have written there since
+        return save_quantized(student, out, {**identity, **about})
     except (OSError, BadInput) as error:
         with suppress(OSError):
             out.rmdir()
         aside = Path(tempfile.gettempdir(), f"vitq-{time.time_ns()}", out.name)
-        vitq.save_quantized(student, aside, {**identity, **about})
+        save_quantized(student, aside, {**identity, **about})
         raise BadInput(f"{error}; what was trained is in {aside}") from error
 
 
 def main():
     args = parse()
-    device, (rank, processes) = start(args.device), rank_and_processes()
+    device = start(args.device)
+    rank, processes = rank_and_processes()
     classifier = load_classifier(args.model, device)
     identity = {"model": classifier.fingerprint, "bits": args.bits,
                 "edge_bits": args.edge_bits, "method": args.method}
-    vitq.check_output(args.out, identity)
+    check_output(args.out, identity)
     if args.model == "tiny" and not args.data and rank == 0:
         args.data = shapes.test_folder()
     data = labelled_images(args.data, classifier.class_names) if args.data else None
-    args.images = args.images or [paint_missing(args.model, classifier, device)]
+    args.images = args.images or [generate.paint_missing(args.model, classifier, device)]
 
     torch.manual_seed(args.seed)  # the same in all processes
     preprocessing, teacher = classifier.preprocessing, classifier.model
     images, probabilities = read_images(args.images, preprocessing, device)
     begin = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(teacher), args.bits, args.edge_bits).to(device)
+    # 32 of the pictures, drawn with replacement: of a few, one may come twice
     first = images[torch.multinomial(probabilities, INITIALIZATION_IMAGES, replacement=True)]
     first = preprocessing.center_crop(first, [preprocessing.crop] * 2)
     vitq.initialize(student, preprocessing.normalizer(device)(first))
-    with tqdm(total=args.steps, desc=f"{args.method} {args.bits}", unit="step",
-              disable=None if args.steps and rank == 0 else True) as progress:
-        losses = train(student, teacher, args.method, images, probabilities, preprocessing,
-                       args.steps, args.batch, progress)
+    if processes > 1:  # each saw other images
+        for parameter in student.parameters():
+            torch.distributed.broadcast(parameter, 0)
+    with progress(args.steps, f"{args.method} {args.bits} on {device}", unit="step",
+                  disable=not args.steps or rank > 0) as bar:
+        draw = draw_from(images, probabilities, preprocessing, args.batch)
+        losses = train(student, teacher, args.method, draw, args.steps, bar)
     if rank > 0:
         return  # all of them hold the same student
-    seconds = time.perf_counter() - begin
+    seconds, steps = time.perf_counter() - begin, f"{args.steps} steps of {args.batch}"
     about = {"source": source_of(args.model), "preprocessing": vars(preprocessing)}
     size = save_anywhere(vitq.fold(student), args.out, identity, about) / 1e6
     full_size = teacher.num_parameters() * 4 / 1e6
-    print(f"{args.out}: {full_size:.2f} MB in float32, {size:.2f} MB packed; {len(images)} images, "
-          f"{args.steps} steps of {args.batch * processes}, seed {args.seed}, {seconds:.0f} s")
+    print(f"{args.out}: {full_size:.2f} MB in float32, {size:.2f} MB packed; {processes} x "
+          f"({len(images)} images, {steps}), seed {args.seed}, {seconds:.0f} s on {device}")
     metrics = {**vars(args), "processes": processes, "num_images": len(images), "seconds": seconds,
                "gpu_mb": torch.cuda.max_memory_allocated() / 1e6, "losses": losses}
     if data:
         metrics["results"] = evaluate({
             FULL_PRECISION: (teacher, full_size), f"{args.bits} {args.method}": (student, size)},
             preprocessing, *data, device)
-    vitq.write_whole(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
+    write_whole(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
 
 
 if __name__ == "__main__":

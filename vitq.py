@@ -1,7 +1,7 @@
 """The fake-quant module set: Eq. (1)-(8), as modules that go into a Hugging Face ViT, DeiT or Swin.
 
-From top to bottom: the quantizers, the layers built from them, attention, how a pretrained network
-is fitted with them and given its first scales, and the packed checkpoint.
+From top to bottom: the quantizers and their first scales, the layers built from them, attention,
+and how a pretrained network is fitted with all of it.
 
 "Fake" quantization computes with integers that are held in floating point, so that gradients reach
 the weights and the scales. Each layer is written as the integer product that a device would run.
@@ -9,55 +9,27 @@ the weights and the scales. Each layer is written as the integer product that a 
 The numbers of the equations are this repository's own. [paper] marks what the paper's abstract and
 published summaries state; [ours] marks a form or a constant that was chosen here.
 """
-import hashlib
-import json
-import os
 import re
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import nn
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface
 
 TERNARY = 1.58  # log2(3): the information in a weight of three levels
-FORMAT_VERSION = 6
 FAMILIES = {name: getattr(transformers, name) for name in (
     "ViTForImageClassification", "DeiTForImageClassification",
     "DeiTForImageClassificationWithTeacher", "SwinForImageClassification")}
 
 
-class BadInput(ValueError):
-    """Something the user gave cannot be used; the message is one line: its name and the remedy."""
-
-
-def require(condition, what, fault, remedy="give a checkpoint without that"):
-    """Raise BadInput, one line that names the fault and the remedy, unless the condition holds."""
-    if not condition:
-        raise BadInput(f"{what}: {fault}; {remedy}")
-
-
-@contextmanager
-def reading(what, remedy):
-    """Within it, whatever a damaged file causes becomes a BadInput with its name and the remedy."""
-    try:
-        yield
-    except (BadInput, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"{what}: damaged or incomplete ({reason}); {remedy}") from error
-
-
 def parse_bits(text):
-    """"w4a4" -> (4, 4), "w158a8" -> (1.58, 8): bits of the weights and of the activations."""
+    """"w4a4" -> (4, 4), "w158a8" -> (1.58, 8): bits of the weights and of the activations.
+    Raises ValueError."""
     match = re.fullmatch(r"w(158|[2-8])a([2-8])", text)
-    require(match, f"bits {text!r}", "not wXaY", "X: 158 (ternary) or 2..8; Y: 2..8; such as w4a4")
+    if not match:
+        raise ValueError(f"bits {text!r}: not wXaY, X: 158 (ternary) or 2..8; Y: 2..8; as in w4a4")
     weight, activation = match.groups()
     return TERNARY if weight == "158" else int(weight), int(activation)
 
@@ -76,9 +48,9 @@ def round_ste(x):
 def clip(x, low, high):
     """clamp() with gradient one on the closed interval [low, high] and zero outside.
 
-    torch.clamp's gradient at the two ends depends on the version. The values that arrive here are
-    rounded, so the ends are levels like any other: without their gradient, only those ternary
-    weights that are zero would go on learning.
+    torch.clamp's gradient at the two ends depends on the version, and is zero in recent ones. The
+    values that arrive here are rounded, so the ends are levels like any other: without their
+    gradient, only those ternary weights that are zero would go on learning.
     """
     return torch.where(x < low, low, torch.where(x > high, high, x))
 
@@ -94,10 +66,22 @@ def fake_quantize(x, scale, zero_point, bits):
     """Eq. (1), activations: q = clip(round(x / s) + z, 0, 2^b - 1), x^ = s (q - z),
     where z = clip(round(z'), 0, 2^b - 1) is an integer at all times. [ours]
 
+    Five numbers at 2 bits, with s = 0.5 and z = 1, so that the four levels are -0.5, 0, 0.5, 1:
+
+        x      -1.3   -0.2    0.3    0.9    2.0
+        q         0      1      2      3      3
+        x^     -0.5      0    0.5      1      1
+
     "Differentiable uniform quantization" is [paper]; affine and per tensor is [ours]. With
-    straight-through rounding, autograd alone yields the gradients of torch's learnable
-    fake-quantize operators: those of LSQ (Esser 2020) and LSQ+ (Bhalgat 2020), except that clipping
-    comes after rounding and therefore begins half a level further out.
+    straight-through rounding, autograd yields the gradients of LSQ (Esser 2020) and LSQ+
+    (Bhalgat 2020):
+
+        d x^ / d s  = (q - z) - x / s  for levels inside the range: how far rounding moved x
+                    = q - z            for clipped ones: the level of the end, here -1 or 2
+        d x^ / d z' = 0                inside
+                    = -s               clipped
+
+    Clipping comes after rounding and therefore begins half a level further out than in LSQ.
     """
     return scale * quantize_activation(x, scale, zero_point, bits)
 
@@ -122,22 +106,28 @@ def fake_quantize_weight(weight, scale, bits):
     return scale * quantize_weight(weight, scale, bits)
 
 
-# Eq. (6) tries these fractions of the full range. Logarithmic, because a few tokens of a ViT carry
-# massive activations: the best range may be a few percent of the full one. The first exceeds 1, for
-# images: with a mean of 0.5, a range that ends at black and white would put each pixel halfway
-# between two levels.
+# -------------------- First scales: Eq. (6)
+
+# The fractions of the full range that are tried, from 102 to 1 %. Logarithmic, because a few
+# tokens of a ViT carry massive activations (Sun 2024): in block 7 of a ViT-Ti, the input of fc2
+# reaches 215, while 99.9 % of its values are below 2.5. The first fraction exceeds 1, for images:
+# with a mean of 0.5, a range that ends at black and white would put each pixel halfway between two
+# levels.
 CLIPPING_GRID = torch.logspace(0.01, -2, 40)
 SAMPLE = 2 ** 15  # values of a tensor that Eq. (6) looks at
-MASSIVE = 3  # in Eq. (6), a token whose squared norm exceeds this many medians is massive
+MASSIVE = 3  # a token is massive if its squared norm exceeds this many medians
 
 
-def massive_token_weights(x):
-    """The weights w of Eq. (6), (..., 1), for the input x (..., C) of a linear layer. [ours]
+def error_weights(x):
+    """u of Eq. (6), which broadcasts against x. [ours]
 
-    A few tokens of a ViT carry massive activations (Sun 2024). The plain squared error would keep
-    the range of these few and leave all other tokens a handful of levels. So the error of a
-    massive token is divided by its squared norm, and that of the others by a constant.
+    For the input (B, T, C) or (B, C) of a linear layer, the error of a massive token is divided by
+    its squared norm, and that of the others by a constant: u = 1 / max(||x_t||^2, 3 median). With
+    u = 1, the range would follow the few massive tokens and leave all others a handful of levels.
+    For an image and attention's operands, (B, ., ., .), u = 1.
     """
+    if x.dim() == 4:
+        return torch.ones_like(x)
     norms = x.square().sum(-1, keepdim=True)
     return 1 / norms.clamp_min(MASSIVE * norms.median()).clamp_min(1e-8)
 
@@ -148,26 +138,23 @@ def scale_and_zero_point(low, high, bits):
     return scale, -low / scale
 
 
-def best_range(x, w, bits, low, high):
-    """Of K candidate ranges [low, high], (K, 1) each, the one of the least sum w (x - x^)^2."""
-    x_q = fake_quantize(x, *scale_and_zero_point(low, high, bits), bits)
-    errors = (w * (x - x_q).square()).sum(1)
-    return low[errors.argmin()], high[errors.argmin()]
+def activation_scale(x, u, bits):
+    """Eq. (6), activations: s, z = argmin over clipping ranges of sum u (x - x^)^2. [ours]
 
-
-def activation_scale(x, w, bits):
-    """Eq. (6), activations: s, z = argmin over clipping ranges of sum w (x - x^)^2. [ours]
-
-    x, w (N,) -> scale and zero point, (1,) each. Both ends of the range shrink together, then each
+    x, u (N,) -> scale and zero point, (1,) each. Both ends of the range shrink together, then each
     of them alone, since the output of GELU is far from symmetric.
     """
+    def best(low, high):  # of K ranges, (K, 1) each
+        x_q = fake_quantize(x, *scale_and_zero_point(low, high, bits), bits)
+        return (u * (x - x_q).square()).sum(1).argmin()
+
     fractions = CLIPPING_GRID.to(x)[:, None]
     # Zero stays inside the range, so that it is a level: Swin pads with it, and most outputs of
     # GELU are close to it.
-    lowest, highest = fractions * x.min().clamp_max(0), fractions * x.max().clamp_min(0)
-    low, high = best_range(x, w, bits, lowest, highest)
-    low, high = best_range(x, w, bits, low.expand_as(highest), highest)
-    low, high = best_range(x, w, bits, lowest, high.expand_as(lowest))
+    lows, highs = fractions * x.min().clamp_max(0), fractions * x.max().clamp_min(0)  # (K, 1)
+    low = lows[best(lows, highs)]
+    high = highs[best(low, highs)]
+    low = lows[best(lows, high)]
     return scale_and_zero_point(low, high, bits)
 
 
@@ -183,8 +170,8 @@ def weight_scale(weight, bits):
 class ActivationQuantizer(nn.Module):
     """Eq. (1) with its learned scale and zero point, one pair per tensor.
 
-    The scale is kept as its logarithm: it cannot turn negative, and a step of Adam, whose size does
-    not depend on the size of the gradient, changes all scales of the network by the same fraction.
+    What is learned is log s: s cannot turn negative, and a step of Adam, whose size does not depend
+    on the size of the gradient, changes all scales of the network by the same fraction.
     """
 
     def __init__(self, bits):
@@ -193,11 +180,11 @@ class ActivationQuantizer(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.zero_point = nn.Parameter(torch.zeros(()))
 
-    def initialize(self, x, w):
-        """Eq. (6) on a random sample of the values x, any shape, with weights w that broadcast."""
+    def initialize(self, x):
+        """Eq. (6) on a random sample of the values x."""
         index = torch.randint(x.numel(), (SAMPLE,)).to(x.device)
-        x, w = x.flatten()[index], w.expand_as(x).flatten()[index]
-        scale, zero_point = activation_scale(x, w, self.bits)
+        x, u = x.flatten()[index], error_weights(x).expand_as(x).flatten()[index]
+        scale, zero_point = activation_scale(x, u, self.bits)
         self.log_scale.copy_(scale.log().squeeze())
         self.zero_point.copy_(zero_point.squeeze())
 
@@ -206,14 +193,34 @@ class ActivationQuantizer(nn.Module):
         scale = self.log_scale.exp()
         if not self.enabled:
             return x / scale, scale
-        # One per row, for two reasons. Under autocast, a scalar would leave the division in x's
-        # bfloat16, too coarse for 8 bits; and the fused kernel of the backward pass sums the
-        # gradient within the row, instead of writing all of it out to be summed later.
+        # Both are expanded to one number per row. Under autocast, a single number would leave the
+        # division in x's bfloat16, too coarse for 8 bits; and the fused kernel of the backward pass
+        # can sum the gradient row by row.
         s, z = [number.expand(*x.shape[:-1], 1) for number in (scale, self.zero_point)]
         return quantize_activation(x, s, z, self.bits), scale
 
 
 # -------------------- Layers: Eq. (2)-(5)
+
+class RescaledLayerNorm(nn.LayerNorm):
+    """Eq. (4): LN(x) W^T = (LN(x) / r) (W diag(r))^T; this is the left-hand factor.
+
+    "Channel-wise rescaling" is [paper]; where it stands, and r = exp(log_r) > 0, (channels,), is
+    [ours]. The channels of a LayerNorm's output differ widely in range, and one scale must cover
+    them all: without r, the quiet channels round to zero. It stands behind the LayerNorms of the
+    blocks and of patch merging, since there 1 / r can be folded into the LayerNorm's own weight and
+    bias and costs nothing later. GELU, before fc2, is no linear map that it could pass through.
+    """
+
+    def __init__(self, norm):
+        super().__init__(norm.normalized_shape, norm.eps)
+        self.load_state_dict(norm.state_dict())
+        self.log_r = nn.Parameter(torch.zeros_like(norm.weight))
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.log_r is None else y / self.log_r.exp()
+
 
 class QuantWeight:
     """What QuantLinear and QuantConv2d share: a weight with a learned scale per output channel.
@@ -221,7 +228,11 @@ class QuantWeight:
     Eq. (5): W = W_0 + dW, dW = 0 at the start. "Weight refinement" is [paper]. It needs no code of
     its own: `weight` starts as the pretrained W_0 and is trained itself. [ours]
     """
-    fade = None  # a tensor from 0 to 1 while ternary weights fade in, see quantize.py
+    fade = None  # t of quantize.py's `fade_in`, from 0 to 1 while ternary weights fade in
+
+    def rescaled_weight(self):
+        """The right-hand factor of Eq. (4), W diag(r)."""
+        return self.weight if self.log_r is None else self.weight * self.log_r.exp()
 
     def __init__(self, layer, weight_bits, input_quantizer, log_r=None):
         """Take over the sizes and the weights of the floating-point `layer`.
@@ -235,10 +246,6 @@ class QuantWeight:
         self.weight_bits, self.input_quantizer, self.enabled = weight_bits, input_quantizer, True
         self.weight_log_scale = nn.Parameter(torch.zeros(len(self.weight)))
         self.register_parameter("log_r", log_r)
-
-    def rescaled_weight(self):
-        """The right-hand factor of Eq. (4), W diag(r)."""
-        return self.weight if self.log_r is None else self.weight * self.log_r.exp()
 
     def quantized_weight(self):
         """The integers of Eq. (2) or (3), (O, ...), and their scales, (O,)."""
@@ -254,8 +261,7 @@ class QuantWeight:
 
 
 class QuantLinear(QuantWeight, nn.Linear):
-    """y = s_x s_w (q_x q_w^T) + b, an integer product, then one factor per output channel; q_x is
-    q - z of Eq. (1).
+    """y = s_x s_w ((q_x - z) q_w^T) + b: an integer product, then one factor per output channel.
 
     x (..., in) -> y (..., out). Still an nn.Linear, because transformers reads its `weight`.
     """
@@ -281,40 +287,21 @@ class QuantConv2d(QuantWeight, nn.Conv2d):
         return (s_x * s_w)[:, None, None] * y + self.bias[:, None, None]
 
 
-class RescaledLayerNorm(nn.LayerNorm):
-    """Eq. (4): LN(x) W^T = (LN(x) / r) (W diag(r))^T; this is the left-hand factor.
-
-    "Channel-wise rescaling" is [paper]; where it stands, and r = exp(log_r) > 0, (channels,), is
-    [ours]. The channels of a LayerNorm's output differ widely in range, and one scale must cover
-    them all: without r, the quiet channels round to zero. The right-hand factor is
-    `QuantWeight.rescaled_weight`.
-    """
-
-    def __init__(self, norm):
-        super().__init__(norm.normalized_shape, norm.eps)
-        self.load_state_dict(norm.state_dict())
-        self.log_r = nn.Parameter(torch.zeros_like(norm.weight))
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y if self.log_r is None else y / self.log_r.exp()
-
-
 # -------------------- Attention: Eq. (8)
 
 def quantized_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Eq. (8): o = Q(e) Q(v) / sum e, e = exp(a - max a), a = Q(q) Q(k)^T / sqrt(d) + bias. [ours]
+    """Eq. (8): y = Q(e) Q(v) / sum e, e = exp(a - max a), a = Q(q) Q(k)^T / sqrt(d) + bias. [ours]
 
     query, key, value (B, heads, T, d); attention_mask, which is added to the scores, holds Swin's
     relative position bias and window mask, or is None. Returns (B, T, heads, d), and None, which
-    transformers expects.
+    transformers expects. One function serves all three families.
 
     Both operands of both products are quantized, with one scale per tensor. The softmax is
     quantized before its division. A query that looks at one token has a probability near 1; one
     that looks at all 197 has none above 0.01, and a scale that covers the first rounds the second
     to nothing. Relative to the largest of their row, both reach the highest level. In effect each
-    row has a scale of its own, computed as it runs, so a comparison with methods that quantize the
-    output of the softmax favours this one.
+    row has a scale of its own, computed at run time. Methods that quantize the softmax's output do
+    not have it: mind that in a comparison.
     """
     (q_q, s_q), (q_k, s_k) = module.query_quantizer(query), module.key_quantizer(key)
     a = s_q * (s_k * scaling) * (q_q @ q_k.transpose(-1, -2)).float()  # (B, heads, T, T)
@@ -324,8 +311,8 @@ def quantized_attention(module, query, key, value, attention_mask, scaling, **kw
     # only as the maximum that is subtracted from all the other scores.
     e = (a - a.amax(-1, keepdim=True)).exp()
     (q_e, s_e), (q_v, s_v) = module.exp_quantizer(e), module.value_quantizer(value)
-    o = s_e * s_v * (q_e @ q_v).float() / e.sum(-1, keepdim=True)  # (B, heads, T, d)
-    return o.transpose(1, 2).contiguous(), None
+    y = s_e * s_v * (q_e @ q_v).float() / e.sum(-1, keepdim=True)  # (B, heads, T, d)
+    return y.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("vitq", quantized_attention)
@@ -371,12 +358,12 @@ def quantize_modules(model, bits, edge_bits=8):
 
     bits such as "w4a4"; edge_bits 8, or "same": patch embedding and head have the bits of the rest.
     No parameter requires gradients, until a training asks for them.
-    Raises BadInput for another architecture than ViT, DeiT and Swin for image classification.
+    Raises ValueError for another architecture than ViT, DeiT and Swin for image classification.
     """
-    require(type(model).__name__ in FAMILIES, type(model).__name__, "cannot be quantized",
-            f"give one of {', '.join(FAMILIES)}")
+    if type(model).__name__ not in FAMILIES:
+        raise ValueError(f"{type(model).__name__}: give one of {', '.join(FAMILIES)}")
     weight_bits, activation_bits = parse_bits(bits)
-    edge = (weight_bits, activation_bits) if edge_bits == "same" else (edge_bits, edge_bits)
+    edge = (weight_bits, activation_bits) if edge_bits == "same" else 2 * (int(edge_bits),)
 
     def replace(parent, names, norm=None, bits=(weight_bits, activation_bits)):
         """Linear layers that read the same tensor, here the output of `norm` if there is one."""
@@ -415,32 +402,29 @@ def enable(model, enabled):
 
 
 def first_rescaling(x, weights):
-    """Eq. (7): r_c = sqrt(magnitude of channel c / rms of W's column c), geometric mean 1. [ours]
+    """Eq. (7): r_c = sqrt(spread of channel c / rms of W's column c), geometric mean 1. [ours]
 
     x: a LayerNorm's output, (images, positions, channels); weights: of the layers that read it,
-    (out, channels) each. Returns log r. Magnitude: the rms over images, at the position where it is
+    (out, channels) each. Returns log r. Spread: the rms over images, at the position where it is
     largest. x_c / r_c and r_c W_oc are then proportional over the channels c: neither side carries
     the whole difference between them.
     """
     # The class token, one of 197, is large in other channels than the patches: a mean over
     # positions would miss it.
-    magnitude = x.square().mean(0).sqrt().amax(0)
+    spread = x.square().mean(0).sqrt().amax(0)
     rms = torch.cat(weights).square().mean(0).sqrt()
-    log_r = 0.5 * (magnitude.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
+    log_r = 0.5 * (spread.clamp_min(1e-5).log() - rms.clamp_min(1e-5).log())
     return log_r - log_r.mean()
 
 
 def initialize(model, pixels):
     """Eq. (7) and (6), in the order in which the network runs, on `pixels` (32, 3, H, W).
 
-    32 images are [paper]; what is done with them is [ours].
+    32 images, and all that is done with them, are [ours].
     """
     enable(model, False)
     layers = [layer for _, layer in modules_of(model, QuantLinear)]
-    # For each quantizer without a scale yet, what gives the weights w of Eq. (6): 1 for the image
-    # and attention's operands, which are no inputs of linear layers.
-    waiting = {module: torch.ones_like for _, module in modules_of(model, ActivationQuantizer)}
-    waiting |= {layer.input_quantizer: massive_token_weights for layer in layers}
+    waiting = {quantizer for _, quantizer in modules_of(model, ActivationQuantizer)}
 
     def set_r(norm, inputs, x):
         readers = [layer.weight for layer in layers if layer.log_r is norm.log_r]
@@ -449,13 +433,13 @@ def initialize(model, pixels):
 
     def set_scale(quantizer, inputs):
         if quantizer in waiting:  # it runs three times where q, k and v share it
-            weights = waiting.pop(quantizer)
-            quantizer.initialize(*inputs, weights(*inputs))
+            waiting.remove(quantizer)
+            quantizer.initialize(*inputs)
 
     with ExitStack() as hooks:
         for _, norm in modules_of(model, RescaledLayerNorm):
             hooks.enter_context(norm.register_forward_hook(set_r))
-        for quantizer in waiting:
+        for _, quantizer in modules_of(model, ActivationQuantizer):
             hooks.enter_context(quantizer.register_forward_pre_hook(set_scale))
         model(pixels)
     for _, layer in modules_of(model, QuantWeight):
@@ -474,132 +458,3 @@ def fold(model):
         norm.bias.mul_((-norm.log_r).exp())
         norm.log_r = None
     return model
-
-
-# -------------------- The packed checkpoint
-
-POWERS_OF_3 = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
-
-
-def pack(q, bits):
-    """Integers of `weight_range(bits)`, any shape -> a flat uint8 tensor.
-
-    Ternary: five weights per byte, as the digits of a number in base 3 (3^5 = 243 of 256 values:
-    1.6 bits per weight). Otherwise: `bits` bits per weight, least significant first, without gaps;
-    the last byte is filled with zeros.
-    """
-    unsigned = (q.numpy().ravel().astype(np.int16) - weight_range(bits)[0]).astype(np.uint8)
-    if bits == TERNARY:
-        unsigned = np.pad(unsigned, (0, -len(unsigned) % 5)).reshape(-1, 5)
-        return torch.from_numpy((unsigned * POWERS_OF_3).sum(1, dtype=np.uint8))
-    binary = np.unpackbits(unsigned[:, None], axis=1, count=bits, bitorder="little")  # (N, bits)
-    return torch.from_numpy(np.packbits(binary, bitorder="little"))
-
-
-def unpack(packed, bits, shape):
-    """The inverse of `pack`: int8 integers of the given shape. Raises ValueError."""
-    count = int(np.prod(shape))
-    if bits == TERNARY:
-        unsigned = (packed.numpy()[:, None] // POWERS_OF_3 % 3).ravel()[:count]
-    else:
-        binary = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
-        unsigned = np.packbits(binary.reshape(count, bits), axis=1, bitorder="little").ravel()
-    q = torch.from_numpy((unsigned.astype(np.int16) + weight_range(bits)[0]).astype(np.int8))
-    if len(q) != count or not torch.equal(pack(q, bits), packed):
-        raise ValueError(f"{packed.shape} of {packed.dtype} are not {count} weights of {bits} bits")
-    return q.view(*shape)
-
-
-def write_whole(path, data):
-    """Write bytes to a file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def checksum(text, tensors):
-    """SHA-256 of a text and of named tensors, in hexadecimal."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + str(tensors[name].dtype).encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save_quantized(model, folder, about):
-    """Write a folded model to `folder`: model.safetensors, and config.json for people to read.
-
-    `about` is a dictionary stored beside the network's own configuration: the bits and edge_bits of
-    `quantize_modules`; for eval.py and export.py also preprocessing, source and model, as
-    quantize.py has them. Returns the size in bytes. Raises BadInput if a number is not finite.
-    """
-    tensors = {name: tensor.cpu() for name, tensor in model.named_parameters()}
-    require(all(tensor.isfinite().all() for tensor in tensors.values()), "result",
-            "not all weights or scales are finite", "nothing was written")
-    for name, layer in modules_of(model, QuantWeight):
-        q, _ = layer.quantized_weight()
-        tensors[f"{name}.weight"] = pack(q.char().cpu(), layer.weight_bits)
-    config = {"format": "vitq", "version": FORMAT_VERSION, **about,
-              "architecture": type(model).__name__, "network": model.config.to_dict()}
-    config["checksum"] = checksum(json.dumps(config), tensors)
-    config = json.dumps(config, indent=1)
-    data = save(tensors, {"config": config})  # one file keeps weights and settings together
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "model.safetensors", data)
-    for older in ("model.onnx", "metrics.json"):  # of the result that was here before
-        (folder / older).unlink(missing_ok=True)
-    write_whole(folder / "config.json", config.encode())
-    return len(data)
-
-
-def read_config(folder):
-    """The configuration of a model of `save_quantized`, of any version; None for anything else."""
-    config = None
-    with suppress(OSError, SafetensorError, ValueError):
-        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "null"))
-    return config if isinstance(config, dict) and config.get("format") == "vitq" else None
-
-
-def check_output(folder, identity):
-    """Raise BadInput if `folder` cannot be written, or holds anything but a result of the same
-    model and settings: `identity`, some items of its configuration."""
-    config, remedy = read_config(folder), "it is left alone, name another folder with --out"
-    others = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
-    require(config or not others, folder, "is not a quantized model", remedy)
-    for name, value in identity.items() if config else ():
-        require(config.get(name) == value, folder,
-                f"holds a result with {name} {config.get(name)}, not {value}", remedy)
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    require(there.is_dir() and os.access(there, os.W_OK), folder,
-            f"{there} is not a folder that can be written to", remedy)
-
-
-def load_quantized(folder):
-    """A model from a folder of `save_quantized`, and its configuration, from that one file alone.
-
-    Raises BadInput for another format version and for a file that is damaged or cut short.
-    """
-    config, remedy = read_config(folder), "remove it and quantize again"
-    require(config, folder, "no quantized model, or a damaged one", remedy)
-    require(config.get("version") == FORMAT_VERSION, folder, "of another format version", remedy)
-    with reading(folder, remedy):
-        tensors = load_file(Path(folder) / "model.safetensors")
-        text = json.dumps({name: value for name, value in config.items() if name != "checksum"})
-        require(checksum(text, tensors) == config["checksum"], folder, "damaged", remedy)
-        network = FAMILIES[config["architecture"]](AutoConfig.for_model(**config["network"]))
-        model = fold(quantize_modules(network, config["bits"], config["edge_bits"]))
-        for name, layer in modules_of(model, QuantWeight):
-            q = unpack(tensors[f"{name}.weight"], layer.weight_bits, layer.weight.shape)
-            scale = tensors[f"{name}.weight_log_scale"].exp().view(-1, *[1] * (q.dim() - 1))
-            tensors[f"{name}.weight"] = scale * q  # on the grid: the forward rounds it to exactly q
-        require(all(tensor.isfinite().all() for tensor in tensors.values()), folder,
-                "not all numbers are finite", remedy)
-        tensors = {name: tensors[name] for name, _ in model.named_parameters()}  # or a KeyError
-        model.load_state_dict(tensors, strict=False)  # what q, k and v share is named once
-    return model, config

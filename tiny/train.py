@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, ViTConfig
 from transformers import ViTImageProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from eval import RecordedStep
+from quantize import recorded
 from tiny import shapes
 
 PICTURES = 120_000  # of each of two sets, for the classifier and for the generator
@@ -109,7 +109,7 @@ def fit(parameters, loss_of, steps, lr, description, weight_decay=0.0):
         optimizer.step()
         latest.copy_(loss.detach())
 
-    start, step = time.perf_counter(), RecordedStep(step, device)
+    start, step = time.perf_counter(), recorded(step, device)
     with tqdm(total=steps, desc=description, unit="step", disable=None) as progress:
         for done in range(1, steps + 1):
             step()
