@@ -1,38 +1,57 @@
-"""From fake to real integers: a quantized model as an ONNX file for ONNX Runtime on a CPU.
+"""From fake to real integers: a quantized model as one ONNX file that every engine reads.
 
     python export.py --model quantized/vit_t-w4a8                        # writes model.onnx there
     python export.py --model quantized/vit_t-w4a8 --data imagenet/val    # and compares with torch
 
-Every linear layer and both products of attention become integer products, with the zero points and
-scales as they were trained; LayerNorm, softmax, GELU and the residual additions stay in float32.
-The command prints size and time per picture, beside the network in float32 exported in the same
-way. OMP_NUM_THREADS=1 gives both one thread.
+Every linear layer and both products of attention become integer products, with the scales and zero
+points as they were trained; LayerNorm, softmax, GELU and the residual additions stay in float32.
+
+In the file, each product is a MatMul of two operands that are quantized and dequantized again:
+
+    x -> QuantizeLinear -> Clip -> DequantizeLinear -> MatMul <- DequantizeLinear <- weights, int8
+
+These are operators of ONNX itself. Taken literally, they are the fake quantization of vitq.py. An
+engine that knows the pattern moves the scales behind the product, s_a (a - z_a) s_b (b - z_b) =
+s_a s_b (a - z_a) (b - z_b), and adds products of 8-bit integers in 32 bits. ONNX Runtime does so
+for all products. OpenVINO does so for the linear layers; a product of two activations stays in
+float32 there, unless both zero points are 0, and q, k and v have either sign.
+
+Integers of fewer than 8 bits take a byte each, because CPUs have no narrower products: they make
+the file smaller only once it is compressed. Its metadata tell how to call it, see README.
 """
 import copy
-import time
-import timeit
+import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx.helper import set_model_props
+from onnxruntime import InferenceSession
 from torch import nn
 from torch.onnx.ops import symbolic
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface
 
-import vitq
-from eval import Parser, decode, list_images, load_result, run
-from vitq import require
+from checkpoints import load_result, require, write_whole
+from eval import Parser, decode, list_images, run
+from vitq import ActivationQuantizer, QuantWeight, modules_of
 
-OPSET = 25  # the first with integers of two bits
-BATCHES, SECONDS = (1, 32), 10  # whose times are printed, and how long each is measured
+OPSET = 20  # the first with GELU as one operator; older engines refuse later ones
+LARGEST = 2e9  # bytes of weights: protobuf, the format of an ONNX file, ends at 2^31
 
 
 # -------------------- A network in integers
 
+def dequantize(q, scale, zero_point, **axis):
+    """DequantizeLinear, s (q - z): integers q, any shape -> float32. z may be None, for 0.
+
+    With an axis, scale and zero_point have one number for each position along it.
+    """
+    return symbolic("DequantizeLinear", (q, scale, zero_point), axis, dtype=torch.float32,
+                    shape=q.shape)
+
+
 class IntegerQuantizer(nn.Module):
-    """An ActivationQuantizer that gives the integers: x -> q in uint8, s, z in uint8."""
+    """An ActivationQuantizer as ONNX operators: x -> q in uint8 -> s (q - z) in float32."""
 
     def __init__(self, quantizer):
         super().__init__()
@@ -41,51 +60,56 @@ class IntegerQuantizer(nn.Module):
         self.register_buffer("scale", quantizer.log_scale.exp())
         self.register_buffer("zero_point", quantizer.zero_point.round().clamp(0, self.top).byte())
 
-    def forward(self, x):
-        """Eq. (1): QuantizeLinear clips to [0, 255], so fewer bits need only an upper bound."""
+    def forward(self, x, factor=1):
+        """Eq. (1), times `factor`. QuantizeLinear clips to [0, 255]; fewer bits need a Clip."""
         q = symbolic("QuantizeLinear", (x, self.scale, self.zero_point), dtype=torch.uint8,
                      shape=x.shape)
-        return q.clamp_max(self.top) if self.top < 255 else q, self.scale, self.zero_point
-
-
-def product(a, s_a, z_a, b, s_b, z_b, bias=None):
-    """s_a s_b (a - z_a) (b - z_b) + bias, float32, of integers a (..., T, K) and b (..., K, N)."""
-    return symbolic("com.microsoft::MatMulIntegerToFloat", (a, b, s_a, s_b, z_a, z_b, bias),
-                    dtype=torch.float32, shape=(*a.shape[:-1], b.shape[-1]), version=1)
+        q = q.clamp(0, self.top) if self.top < 255 else q  # of bytes, four times as fast as of x
+        return dequantize(q, self.scale * factor, self.zero_point)
 
 
 class IntegerLinear(nn.Module):
-    """A QuantLinear, or a QuantConv2d as the product with each patch, in integers."""
+    """A QuantLinear, or a QuantConv2d as the product with each patch, as ONNX operators.
+
+    Weights of 7 bits or fewer are int8, those of 8 bits uint8 with zero point 128. The reason is
+    CPUs with AVX2 but not VNNI: for activations in uint8 and weights in int8, they add pairs of
+    products in 16 bits, which 2 x 255 x 127 overflows and 2 x 255 x 64 does not; for weights in
+    uint8, in 32 bits. With VNNI, int8 would be right at 8 bits, too, and faster. One file cannot
+    have both: the engine chooses its instructions by the type that the file gives.
+    """
 
     def __init__(self, layer):
         super().__init__()
         q, scale = layer.quantized_weight()
-        q = q.flatten(1).T
-        # A CPU with only AVX2 adds two products of unsigned with signed 8-bit numbers in 16 bits,
-        # which weights of 8 bits overflow; of unsigned with unsigned, in 32. Below 8 bits they fit.
-        middle = 128 if layer.weight_bits == 8 else 0
-        self.register_buffer("q", (q + middle).byte() if middle else q.char())
-        self.register_buffer("z", self.q.new_tensor(middle))
+        q, few = q.flatten(1).T.contiguous(), layer.weight_bits < 8  # (in, out)
+        self.register_buffer("q", q.char() if few else (q + 128).byte())
+        self.register_buffer("zero_point", None if few else torch.full_like(scale, 128).byte())
         self.register_buffer("weight", scale)  # so called because transformers asks for its type
-        self.patch = layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else None
-        self.bias = layer.bias
+        # Of a product with a bias (out,), ONNX Runtime makes a Gemm, which would stay in float32;
+        # of three dimensions it cannot.
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.view(1, 1, -1))
+        self.patch = layer.kernel_size if isinstance(layer, nn.Conv2d) else None
         self.input_quantizer = IntegerQuantizer(layer.input_quantizer)
 
     def forward(self, x):
+        """x (B, T, in) -> (B, T, out), (B, in) -> (B, out), or images as an nn.Conv2d."""
+        if x.dim() == 2:  # the head's, once more because of the Gemm
+            return self(x[:, None])[:, 0]
         if self.patch:  # (B, 3, H, W) -> (B, rows, columns, 3 x height x width of a patch)
-            x = nn.functional.pixel_unshuffle(x, self.patch).permute(0, 2, 3, 1)
-        y = product(*self.input_quantizer(x), self.q, self.weight, self.z, self.bias)
+            (rows, h), (columns, w) = ((side // p, p) for side, p in zip(x.shape[2:], self.patch))
+            x = x[:, :, :rows * h, :columns * w].reshape(-1, x.shape[1], rows, h, columns, w)
+            x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        y = self.input_quantizer(x) @ dequantize(self.q, self.weight, self.zero_point, axis=1)
+        y = y if self.bias is None else y + self.bias
         return y.permute(0, 3, 1, 2) if self.patch else y
 
 
 def integer_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """Eq. (8) in integers, for arguments and results as of `vitq.quantized_attention`. [ours]"""
-    q_k, s_k, z_k = module.key_quantizer(key)
-    a = product(*module.query_quantizer(query), q_k.transpose(-1, -2), s_k * scaling, z_k)
-    if attention_mask is not None:
-        a = a + attention_mask
+    a = module.query_quantizer(query) @ module.key_quantizer(key.transpose(-1, -2), scaling)
+    a = a if attention_mask is None else a + attention_mask
     e = (a - a.amax(-1, keepdim=True)).exp()
-    o = product(*module.exp_quantizer(e), *module.value_quantizer(value)) / e.sum(-1, keepdim=True)
+    o = module.exp_quantizer(e) @ module.value_quantizer(value) / e.sum(-1, keepdim=True)
     return o.transpose(1, 2), None
 
 
@@ -93,10 +117,10 @@ AttentionInterface.register("vitq_integers", integer_attention)
 
 
 def integer_network(model):
-    """Put the integer layers and attention into a model of `vitq.load_quantized`, in place."""
-    for name, layer in vitq.modules_of(model, vitq.QuantWeight):
+    """Put the integer layers and attention into a model of `checkpoints.load_result`, in place."""
+    for name, layer in modules_of(model, QuantWeight):
         model.set_submodule(name, IntegerLinear(layer))
-    for name, quantizer in vitq.modules_of(model, vitq.ActivationQuantizer):  # of attention
+    for name, quantizer in modules_of(model, ActivationQuantizer):  # of attention
         model.set_submodule(name, IntegerQuantizer(quantizer))
     model.set_attn_implementation("vitq_integers")
     return model
@@ -118,56 +142,33 @@ def to_onnx(model):
     return proto
 
 
-def store_packed(proto, bits):
-    """Store the int8 weights of an ONNX model in 2 or 4 bits, if `bits` is that small, in place.
+def describe(proto, classifier, config):
+    """Store in an ONNX model's metadata, as JSON texts, how to call it and what its logits mean.
 
-    ONNX Runtime carries out the Cast to 8 bits once, when it loads the file.
+    resize, crop, interpolation, mean, std and rounds are those of `checkpoints.Preprocessing`.
     """
-    few = helper.tensor_dtype_to_np_dtype(TensorProto.INT2 if bits <= 2 else TensorProto.INT4)
-    for tensor in proto.graph.initializer if bits <= 4 else ():
-        if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2:
-            q, name = numpy_helper.to_array(tensor), tensor.name
-            tensor.CopyFrom(numpy_helper.from_array(q.astype(few), f"{name}_packed"))
-            cast = helper.make_node("Cast", [tensor.name], [name], to=TensorProto.INT8)
-            proto.graph.node.insert(0, cast)
+    about = {"class_names": classifier.class_names, "bits": config["bits"],
+             "edge_bits": config["edge_bits"], **vars(classifier.preprocessing)}
+    set_model_props(proto, {name: json.dumps(value) for name, value in about.items()})
     return proto
 
 
-# -------------------- Time and agreement
+# -------------------- Command line
 
-def session_of(proto):
-    """ONNX Runtime with a model, on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options,
-                                        providers=["CPUExecutionProvider"])
-
-
-def milliseconds(sessions, side, batch):
-    """Per picture, the median of runs in turn, so that a busy machine slows all sessions alike."""
-    pixels = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
-    taken, end = [], time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(taken) < 3:
-        taken.append([timeit.timeit(lambda: session.run(None, {"pixel_values": pixels}), number=1)
-                      for session in sessions])
-    return 1000 * np.median(taken, axis=0) / batch
-
-
-def agreement(session, model, preprocessing, paths):
+def agreement(proto, classifier, paths):
     """Whether ONNX Runtime and torch give an image the same first class, for each that is read.
 
-    The integer products are equal, but LayerNorm, softmax and GELU may differ in the last digit. A
-    value halfway between two levels may then round the other way, which later layers amplify.
+    The integer products are equal, but LayerNorm, softmax and GELU differ in the last digit from
+    one engine, or version, to the next. A value halfway between two levels may then round the
+    other way, which later layers amplify, the more so the fewer levels there are.
     """
-    normalize, same = preprocessing.normalizer(torch.device("cpu")), []
-    for _, pixels in decode(paths, preprocessing.pixels(), "comparing"):
+    session = InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    normalize = classifier.preprocessing.normalizer(torch.device("cpu"))
+    for _, pixels in decode(paths, classifier.preprocessing.pixels(), "comparing"):
         for batch in normalize(pixels).split(32):
             logits, = session.run(None, {"pixel_values": batch.numpy()})  # (B, classes)
-            same.extend(logits.argmax(1) == model(batch).logits.numpy().argmax(1))
-    return same
+            yield from logits.argmax(1) == classifier.model(batch).logits.numpy().argmax(1)
 
-
-# -------------------- Command line
 
 def parser():
     parser = Parser(__doc__, device=False)
@@ -178,28 +179,17 @@ def parser():
 
 def main():
     args = parser().parse_args()
+    paths = list_images(args.data) if args.data else []
     classifier, config = load_result(args.model)
-    model, preprocessing = classifier.model, classifier.preprocessing
-    paths, side = list_images(args.data) if args.data else [], model.config.image_size
-    patch = model.config.patch_size  # a number, or one for the height and one for the width
-    require(np.ptp(patch) == 0 and side % np.max(patch) == 0, args.model, f"patch_size {patch} "
-            f"does not cut image_size {side} into squares", "export one without pixels left over")
-    # Random weights are as fast as trained ones; "sdpa" would become ONNX's slower Attention.
-    original = type(model)(AutoConfig.for_model(**config["network"], attn_implementation="eager"))
-    integers = store_packed(to_onnx(integer_network(copy.deepcopy(model))),
-                            vitq.parse_bits(config["bits"])[0])
-    protos = {"float32": to_onnx(original), f"{config['bits']} integers": integers}
-    path = Path(args.model) / "model.onnx"
-    vitq.write_whole(path, integers.SerializeToString())
-
-    sessions = [session_of(proto) for proto in protos.values()]
-    times = [milliseconds(sessions, side, batch) for batch in BATCHES]
-    print(f"{path}: threads {torch.get_num_threads()}, ONNX Runtime {onnxruntime.__version__}, "
-          f"milliseconds per picture in batches of {BATCHES}")
-    for (name, proto), *row in zip(protos.items(), *times):
-        print(f"{name:15}{proto.ByteSize() / 1e6:10.2f} MB" + "".join(f"{ms:10.2f}" for ms in row))
+    network, path = integer_network(copy.deepcopy(classifier.model)), Path(args.model, "model.onnx")
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    require(size < LARGEST, args.model, f"{size / 1e9:.1f} GB in 8-bit integers, of which an ONNX "
+            "file holds 2", "export a smaller model")
+    proto = describe(to_onnx(network), classifier, config)
+    write_whole(path, proto.SerializeToString())
+    print(f"{path}: {proto.ByteSize() / 1e6:.2f} MB")
     if paths:
-        same = agreement(sessions[-1], model, preprocessing, paths)
+        same = [*agreement(proto, classifier, paths)]
         print(f"{100 * np.mean(same):.2f} % of {len(same)} images get the first class torch gives")
 
 
