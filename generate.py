@@ -147,10 +147,12 @@ def paints_otherwise(pipeline):
     if len(pipeline.tokenizer) != encoder.vocab_size:
         return "the tokenizer of another text encoder"
     n, eps = torch.randn(2, 1, 4, 8, 8, generator=prompts.rng_of(0))
-    t, sigma, noisy = scheduler.timesteps[0], scheduler.sigmas[0], n * scheduler.init_noise_sigma
-    theirs = scheduler.scale_model_input(noisy, t), scheduler.step(eps, t, noisy).prev_sample
+    timestep, sigma = scheduler.timesteps[0], scheduler.sigmas[0]
+    noisy = n * scheduler.init_noise_sigma
+    theirs = (scheduler.scale_model_input(noisy, timestep),
+              scheduler.step(eps, timestep, noisy).prev_sample)
     ours = unet_input(n, sigma), clean_latent(n, eps, sigma)
-    same = t == 999 and all(torch.allclose(*pair, atol=1e-3) for pair in zip(theirs, ours))
+    same = timestep == 999 and all(torch.allclose(*pair, atol=1e-3) for pair in zip(theirs, ours))
     return "" if same else f"this {type(scheduler).__name__}, whose step is another"
 
 

@@ -1,6 +1,6 @@
 """Quantize a pretrained ViT, DeiT or Swin: all its layers at once follow the full-precision model.
 
-    python quantize.py --model deit_s --bits w158a8                          # on generated/deit_s
+    python quantize.py --model deit_s --bits w158a8    # on generated/deit_s, painted first: 2 hours
     python quantize.py --model vit_t --bits w4a4 --images photos --data imagenet/val
     python quantize.py --model vit_t --bits w4a4 --images photos --method rtn    # round to nearest
     python quantize.py --model vit_t --bits w4a4 --images photos --method block  # block by block
@@ -328,8 +328,7 @@ def parser():
         "are drawn equally often (default: generated/<model>, painted first if missing)")
     add("--data", metavar="DIR", help="images for the last table: a folder per class, or no labels")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
-    add("--edge-bits", choices=["8", "same"], default="8",
-        help="of patch embedding and head (default: %(default)s)")
+    add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
     add("--steps", type=whole_number(1), help=f"default: {STEPS}; tiny {TINY_STEPS}")
     add("--batch", type=whole_number(1), help=f"per process (default: {BATCH}; tiny {TINY_BATCH})")
     add("--seed", type=whole_number(0), default=0,
