@@ -146,8 +146,9 @@ def transformers_preprocessing(what, folder, model_type):
     # (255 f pixels / 255 - mean) / std, with f the rescale_factor
     pair = (processor.image_mean, processor.image_std) if processor.do_normalize else (0, 1)
     mean, std = ((np.ones(3) * value / (255 * processor.rescale_factor)).tolist() for value in pair)
+    interpolation = InterpolationMode(Image.Resampling(processor.resample).name.lower()).value
     return Preprocessing(size.shortest_edge or [size.height, size.width], crop.height,
-                         Image.Resampling(processor.resample).name.lower(), mean, std, rounds=False)
+                         interpolation, mean, std, rounds=False)
 
 
 # -------------------- Pretrained networks
@@ -199,12 +200,11 @@ def model_folder(model):
 
 def read_tensors(what, folder):
     """The tensors of a checkpoint, of one file or of those that its index lists."""
-    there = sorted(path.name for path in folder.glob("*"))
-    adapters = [name for name in there if re.search("adapter|lora", name)]
+    adapters = [path.name for path in folder.glob("*") if re.search("adapter|lora", path.name)]
     require(not adapters, what, f"{adapters} hold changes to the weights beside them",
             "merge them (peft: merge_and_unload) and save the whole model")
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    require(whole.is_file() or index.is_file(), what, f"no {whole.name} in {folder}, only {there}",
+    require(whole.is_file() or index.is_file(), what, f"no {whole.name} in {folder}",
             "make it with transformers' from_pretrained(...).save_pretrained(...)")
     if whole.is_file():
         return load_file(whole)
@@ -240,9 +240,9 @@ def load_classifier(model, device="cpu"):
             require(isinstance(names.get(i), str) and names[i].encode(), what,
                     f"id2label calls class {i} {names.get(i)!r}", "give it a name")
         classifier = Classifier(network.requires_grad_(False), preprocessing)
-        # whatever else does not fit together is seen now
-        black = torch.zeros(1, 3, preprocessing.crop, preprocessing.crop)
-        logits = network(preprocessing.of_pictures(black)).logits
+        # whatever else does not fit together is seen now, on a black and a white picture
+        pixels = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, *[preprocessing.crop] * 2)
+        logits = network(preprocessing.of_pictures(pixels)).logits
         require(logits.isfinite().all(), what, "its logits are not finite", "train it again")
     network.to(device)
     return classifier

@@ -40,7 +40,6 @@ GENERATOR_REMEDY = "give SD-Turbo, a folder of diffusers, or --model tiny"
 MODES = 20  # [paper]: several; the number is [ours]
 PICTURES = 960  # for quantize.py: at least this many, and at least one per prompt
 PROMPTS_FILE = "prompts.safetensors"
-GRID_COLUMNS, GRID_SIDE = 10, 128  # at most, pictures per row of grid.png and pixels of their sides
 
 
 # -------------------- The sampler: Eq. (13)
@@ -144,8 +143,9 @@ def paints_otherwise(pipeline):
     scheduler, encoder = pipeline.scheduler, pipeline.text_encoder.config
     if getattr(encoder, "use_attention_mask", False) or pipeline.unet.config.time_cond_proj_dim:
         return "use_attention_mask or time_cond_proj_dim"
-    if len(pipeline.tokenizer) != encoder.vocab_size:
-        return "the tokenizer of another text encoder"
+    told = len(pipeline.tokenizer), pipeline.tokenizer.model_max_length
+    if told != (encoder.vocab_size, encoder.max_position_embeddings):
+        return "a tokenizer made for another text encoder"
     n, eps = torch.randn(2, 1, 4, 8, 8, generator=prompts.rng_of(0))
     timestep, sigma = scheduler.timesteps[0], scheduler.sigmas[0]
     noisy = n * scheduler.init_noise_sigma
@@ -229,9 +229,8 @@ def paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch):
     pictures = torch.cat(pictures)
     with ThreadPoolExecutor() as pool:
         list(pool.map(write_png, pictures, picture_paths(folder, len(texts), per_mode)))
-    shown = pictures.unflatten(0, (len(texts), per_mode))[:, :GRID_COLUMNS].flatten(0, 1)
-    shown = VF.resize(shown, [min(pictures.shape[-1], GRID_SIDE)] * 2)
-    write_png(make_grid(shown, min(per_mode, GRID_COLUMNS)), folder / "grid.png")
+    small = VF.resize(pictures, [min(pictures.shape[-1], 128)] * 2)  # an overview, of a few MB
+    write_png(make_grid(small, per_mode), folder / "grid.png")
 
 
 def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, bar):
@@ -247,6 +246,8 @@ def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, ba
             v = torch.zeros(modes, 0, sampler.text_encoder.config.hidden_size)
         prompts.save_prompts(path, texts, v, settings)
     texts, v = prompts.load_prompts(path, settings)
+    with torch.no_grad(), reading(path, f"remove {folder} to make it again"):
+        prompts.encode(sampler.text_encoder, sampler.tokenizer, texts, v)
     paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch)
 
 
@@ -301,7 +302,7 @@ def summary(out, classifier, labels, device):
         hits += (logits.argmax(1) == label).tolist()
         cosines.append(prompts.mean_cosine(phi).item())
     return (f"{out}: {len(hits)} pictures, {100 * sum(hits) / len(hits):.1f} % recognised, "
-            f"mean feature cosine {sum(cosines) / len(cosines):.3f}")
+            f"mean feature cosine {sum(cosines) / len(cosines):.3f} on {device}")
 
 
 # -------------------- Command line
@@ -370,8 +371,7 @@ def main():
     out = Path(args.out or default_folder(args.model, args.prompts))
     fill(out, classifier, labels, device, args.per_mode, settings, generator)
     if rank_and_processes()[0] == 0:
-        print(f"{summary(out, classifier, labels, device)}, {time.perf_counter() - begin:.0f} s on "
-              f"{device}")
+        print(f"{summary(out, classifier, labels, device)}, {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":

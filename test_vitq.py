@@ -434,7 +434,7 @@ HEAD = {"classifier.weight": torch.ones(1, 32), "classifier.bias": torch.ones(1)
     ("timm", dict(config={"model_args": {"embed_dim": 192}}), "embed_dim in model_args"),
     ("timm", dict(tensors={"fc_norm.weight": torch.ones(128)}), "unexpected_keys: fc_norm.weight;"),
     ("timm", dict(tensors={"model.norm.bias": torch.ones(128)}), "both norm.bias and model.norm"),
-    ("timm", dict(tensors={"norm.weight": ...}), "layernorm.weight; give"),
+    ("timm", dict(processor={"mean": [0] * 3, "std": [1e-30] * 3}), "logits are not finite"),
     ("timm", dict(tensors={"head.bias": torch.full((10,), torch.nan)}), "logits are not finite"),
     ("timm", dict(processor={"input_size": [3, 32, 24]}), "input_size [3, 32, 24]"),
     ("timm", dict(processor={"label_names": ["bird"] * 9}), "9 label_names for 10"),
@@ -443,7 +443,7 @@ HEAD = {"classifier.weight": torch.ones(1, 32), "classifier.bias": torch.ones(1)
         ({"shortest_edge": 32, "longest_edge": 40}, "longest_edge 40"),
         ({"height": 48, "width": 48}, "image_size is 32, the processor's pictures have 48"),
         ({"height": 32, "width": 24}, "32 x 24"))),
-    ("hub", dict(processor={"image_processor_type": "ConvNextImageProcessor"}), "ConvNext"),
+    ("hub", dict(processor={"resample": 6}), "mks2013"),  # Pillow's, which torchvision lacks
     *(("hub", dict(config={name: "regression"}), name) for name in (
         "auto_map", "quantization_config", "problem_type")),
     *(("hub", dict(config={"id2label": {**BIRDS, 3: name}}), wrong) for name, wrong in (
@@ -458,8 +458,7 @@ def test_what_is_not_followed_is_refused_by_name(kind, changes, fragment, templa
     rewrite(tmp_path, **changes)
     with pytest.raises(checkpoints.BadInput) as refusal:
         checkpoints.load_classifier(str(tmp_path))
-    line, = str(refusal.value).splitlines()
-    assert all(part in line for part in fragment.split(" ... ")), line
+    assert all(part in str(refusal.value) for part in fragment.split(" ... "))
 
 
 @pytest.mark.parametrize("changes", [
@@ -796,7 +795,7 @@ def test_a_batch_that_does_not_fit_is_halved(workplace, command, monkeypatch):
 def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, monkeypatch):
     line, folder = f"{GENERATE} --modes 3", Path("generated/tiny/0000_kite")
     out, err = command(f"{line} --per-mode 2")
-    assert re.search(r"6 pictures, [\d.]+ % recognised, mean feature cosine -?[\d.]+, \d+ s", out)
+    assert re.search(r"6 pictures, [\d.]+ % recognised, .* cosine -?[\d.]+ on cpu, \d+ s", out)
     assert "painting 1 of 1 classes, 6 pictures each" in err
     names = [f"m{mode:02d}_{number:04d}.png" for mode in range(3) for number in range(2)]
     assert len([*folder.iterdir()]) == 8 and Image.open(folder / "grid.png").size == (70, 104)
@@ -887,6 +886,7 @@ def test_a_generator_of_another_kind_or_with_gaps_is_refused(workplace, refused)
             ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "Eq. (13)"),
             ("scheduler/scheduler_config.json", {"final_sigmas_type": "sigma_min"}, "Eq. (13)"),
             ("text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
+            ("tokenizer/tokenizer_config.json", {"model_max_length": 8}, "a tokenizer made for"),
             ("unet/config.json", {"time_cond_proj_dim": 8}, "time_cond_proj_dim")):
         file = Path("turbo", path)
         text = file.read_text()
