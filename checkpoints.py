@@ -56,7 +56,7 @@ def reading(what, remedy, fault="damaged or incomplete"):
     except (BadInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of the libraries that read, nearly every kind there is
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{what}: {fault} ({reason}); {remedy}") from error
 
 
@@ -132,6 +132,7 @@ def timm_preprocessing(what, config):
 
 def transformers_preprocessing(what, folder, model_type):
     """From the file of an image processor of transformers, or of its older feature extractors."""
+    require([*folder.glob("*processor_config.json")], what, "no preprocessor_config.json", "add it")
     fields, _ = transformers.BaseImageProcessor.get_image_processor_dict(folder)
     name = fields.get("image_processor_type") or fields.get("feature_extractor_type") or (
         "DeiTImageProcessor" if model_type == "deit" else "ViTImageProcessor")
@@ -193,7 +194,7 @@ def model_folder(model):
         print(f"model {model}: {hub_id}; the folder of that name is ./{model}", file=sys.stderr)
     if Path(hub_id).is_dir():
         return Path(hub_id)
-    with reading(f"model {model!r}", f"give {MODEL_HELP}",
+    with reading(f"model {model!r}", f"see to the connection, or give {MODEL_HELP}",
                  f"{hub_id} is not a folder and could not be had from the hub"):
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
 
@@ -206,9 +207,8 @@ def read_tensors(what, folder):
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     require(whole.is_file() or index.is_file(), what, f"no {whole.name} in {folder}",
             "make it with transformers' from_pretrained(...).save_pretrained(...)")
-    if whole.is_file():
-        return load_file(whole)
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = {whole.name} if whole.is_file() else {
+        *json.loads(index.read_text())["weight_map"].values()}
     return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
@@ -423,7 +423,7 @@ def load_quantized(folder):
     Raises BadInput for another format version and for a file that is damaged or cut short.
     """
     config, remedy = read_config(folder), "remove it and quantize again"
-    require(config, folder, "no quantized model, or a damaged one", remedy)
+    require(config, folder, "no quantized model, or a damaged one", "give one, or quantize again")
     require(config.get("version") == FORMAT_VERSION, folder, "of another format version", remedy)
     with reading(folder, remedy):
         tensors = load_file(Path(folder) / "model.safetensors")

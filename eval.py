@@ -138,8 +138,8 @@ def find_classes(given, names, what):
         require(meant, f"{what} {name!r}", f"is none of the model's {len(names)} classes",
                 f"give an index below {len(names)} or a name, such as {names[0]}")
         found[name] = meant[0]
-    others = [name for name in found if found[name] not in classes_named(
-        re.sub("^[0-9]+(_|$)", "", name), names)]
+    others = [name for name, index in found.items() if name != names[index]
+              and index not in classes_named(re.sub("^[0-9]+(_|$)", "", name), names)]
     if others:  # "21"; and "0134_crane", where 134 is "crane bird" and 517 is "crane"
         print(f"{what}: {len(others)} of {len(found)} by index, such as {others[0]!r}, which is "
               f"{names[found[others[0]]]!r}", file=sys.stderr)

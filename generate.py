@@ -342,8 +342,7 @@ def settings_of(classifier, generator, kind="learned", modes=MODES, seed=0):
 
 
 def default_folder(model, kind="learned"):
-    suffix = "" if kind == "learned" else f"-{kind}"
-    return Path("generated") / f"{Path(model).resolve().name}{suffix}"
+    return Path("generated") / (Path(model).resolve().name + {"learned": ""}.get(kind, f"-{kind}"))
 
 
 def paint_missing(model, classifier, device):

@@ -222,9 +222,8 @@ def baseline_texts(kind, label, name, modes, seed):
 
 def constants():
     """What learned prompts depend on besides the command line."""
-    return {name.lower(): globals()[name] for name in (
-        "TEMPLATE", "PSEUDO_TOKENS", "STEPS", "LEARNING_RATE", "PROMPT_WEIGHT", "IMAGE_WEIGHT",
-        "CANDIDATES", "START_WEIGHT", "NOISE_PICTURES")}
+    return {name.lower(): value for name, value in globals().items()
+            if name.isupper() and isinstance(value, (int, float, str))}
 
 
 def save_prompts(path, texts, pseudo_tokens, settings):

@@ -342,6 +342,7 @@ def parse():
     args = parser().parse_args()
     with reading("--bits", "see --help", "not followed"):
         vitq.parse_bits(args.bits)
+    require(args.method != "rtn" or not args.steps, "--steps", "rtn trains nothing", "leave it out")
     steps, batch = (TINY_STEPS, TINY_BATCH) if args.model == "tiny" else (STEPS, BATCH)
     args.steps = 0 if args.method == "rtn" else args.steps or steps
     args.batch = args.batch or batch
@@ -396,6 +397,7 @@ def main():
     torch.manual_seed(args.seed)  # the same in all processes
     preprocessing, teacher = classifier.preprocessing, classifier.model
     images, probabilities = read_images(args.images, preprocessing, device)
+    args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before training
     begin = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(teacher), args.bits, args.edge_bits).to(device)
     # 32 of the pictures, drawn with replacement: of a few, one may come twice
