@@ -645,24 +645,24 @@ def test_onnx_runtimes_integers_are_torchs(family, bits, edge_bits, tmp_path):
     assert not {"MatMul", "Gemm", "Conv", "Einsum", "DequantizeLinear"} & {*kinds}
 
 
-@pytest.mark.parametrize("resize, rounds", [(37, True), (35, False), ([33, 40], True)])
-def test_the_readmes_lines_run_the_file_without_torch(resize, rounds, workplace, capsys):
+def test_the_readmes_lines_run_the_file_without_torch(workplace, capsys):
     """On a photograph, whatever the preprocessing: the logits are those of torch's."""
     model, student, _ = quantized("vit")
-    preprocessing = checkpoints.Preprocessing(resize, 32, "bicubic", [0.4] * 3, [0.2] * 3, rounds)
-    network = export.integer_network(vitq.fold(student))
-    proto = export.describe(export.to_onnx(network), checkpoints.Classifier(model, preprocessing),
-                            {"bits": "w4a4", "edge_bits": 8})
+    proto = export.to_onnx(export.integer_network(vitq.fold(student)))
     lines, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (path := Path(re.search(r'"(\S*?\.onnx)"', lines)[1])).parent.mkdir(parents=True)
-    path.write_bytes(proto.SerializeToString())
     PICTURE.save("photo.jpg", "png")
-    exec(lines, said := {})
-    pixels = preprocessing.normalizer(CPU)(preprocessing.pixels()(PICTURE)[None])
-    logits, same = (said["session"].run(None, {"pixel_values": one})[0]
-                    for one in (pixels.numpy(), said["pixels"]))
-    assert_close(same, logits, rtol=0, atol=1e-3)
-    assert capsys.readouterr().out == f"LABEL_{logits.argmax()}\n"
+    for resize, rounds in ((37, True), (35, False), ([33, 40], True)):
+        about = checkpoints.Preprocessing(resize, 32, "bicubic", [0.4] * 3, [0.2] * 3, rounds)
+        classifier = checkpoints.Classifier(model, about)
+        export.describe(proto, classifier, {"bits": "w4a4", "edge_bits": 8})
+        path.write_bytes(proto.SerializeToString())
+        exec(lines, said := {})
+        pixels = about.normalizer(CPU)(about.pixels()(PICTURE)[None])
+        logits, same = (said["session"].run(None, {"pixel_values": one})[0]
+                        for one in (pixels.numpy(), said["pixels"]))
+        assert_close(same, logits, rtol=0, atol=1e-3)
+        assert capsys.readouterr().out == f"LABEL_{logits.argmax()}\n"
 
 
 # -------------------- Eq. (12)-(17)
