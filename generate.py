@@ -349,7 +349,7 @@ def paint_missing(model, classifier, device):
     """For quantize.py: the folder generated/<model>, after painting what it lacks."""
     folder, names = default_folder(model), classifier.class_names
     generator = TINY_TURBO if model == "tiny" else SD_TURBO
-    others = {*folder.glob("[!.]*")} - {class_folder(folder, i, names) for i in range(len(names))}
+    others = {*folder.glob("[!.]*/")} - {class_folder(folder, i, names) for i in range(len(names))}
     require(not others, folder, f"{sorted(path.name for path in others)[:3]} are no classes of the "
             "model", "move them away")
     per_mode = math.ceil(PICTURES / (len(names) * MODES))
