@@ -138,8 +138,7 @@ def load_generator(generator, dtype):
 
 
 def paints_otherwise(pipeline):
-    """Why diffusers paints with this pipeline otherwise than Eq. (13); an empty text if it does
-    not."""
+    """What makes diffusers paint otherwise than Eq. (13) with this pipeline; "" if nothing does."""
     scheduler, encoder = pipeline.scheduler, pipeline.text_encoder.config
     if getattr(encoder, "use_attention_mask", False) or pipeline.unet.config.time_cond_proj_dim:
         return "use_attention_mask or time_cond_proj_dim"
@@ -178,7 +177,7 @@ def load_sampler(generator, device):
 
 def first_name(names, label):
     """"kite" of "kite, black kite": the name that goes into prompts."""
-    require(not re.fullmatch("LABEL_[0-9]+|n[0-9]{8}", names[label]), f"class {names[label]}",
+    require(not re.match("(LABEL_[0-9]+|n[0-9]{8})(,|$)", names[label]), f"class {names[label]}",
             "is a code", "write its name to the model's config.json, in id2label or label_names")
     return names[label].split(",")[0].replace("_", " ")
 

@@ -37,8 +37,7 @@ INITIALIZATION_IMAGES = 32  # [ours]
 STEPS, BATCH = 12_000, 64  # [ours]
 TINY_STEPS, TINY_BATCH = 400, 24  # for --model tiny, whose pictures are learned sooner
 # lambda_f, lambda_p of Eq. (11). Eq. (9) is a relative error: with 100, one percent of it weighs as
-# much as one nat of Eq. (10), and both are about as large at the end. Chosen on held-out pictures,
-# where 30 is worse and 300 no better. [ours]
+# much as one nat of Eq. (10). Chosen on held-out pictures; README shows either term alone. [ours]
 FEATURE_WEIGHT, LOGIT_WEIGHT = 100.0, 1.0
 # Adam moves a parameter by about its learning rate per step, whatever its gradient. Most of the
 # gradient of a weight is noise, so it walks at random, learning rate x sqrt(steps) far. A ViT's
