@@ -175,17 +175,23 @@ def random_views(images, size, u):
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
-def draw_from(images, probabilities, preprocessing, batch):
+def random_positions(images, count):
+    """Positions of `count` of the images, drawn with replacement, each as likely."""
+    uniform = torch.full((len(images),), 1 / len(images), device=images.device)
+    return torch.multinomial(uniform, count, replacement=True)
+
+
+def draw_from(images, preprocessing, batch):
     """A function that draws a batch: random views as the network's input, (batch, 3, H, W).
 
-    images: uint8 (N, 3, S, S); probabilities (N,). Processes have the same seed, and each uses its
-    own part of the random numbers, so that their views differ.
+    images: uint8 (N, 3, S, S). Processes have the same seed, and each uses its own part of the
+    random numbers, so that their views differ.
     """
     rank, processes = rank_and_processes()
     mine, device = slice(rank * batch, (rank + 1) * batch), images.device
 
     def draw():
-        index = torch.multinomial(probabilities, batch * processes, replacement=True)[mine]
+        index = random_positions(images, batch * processes)[mine]
         u = torch.rand(5, batch * processes, device=device)[:, mine]
         x = random_views(images[index], preprocessing.crop, u)
         # in channels_last, convolutions are faster
@@ -323,8 +329,8 @@ def parser():
     add = parser.add_argument
     add("--model", required=True, help=MODEL_HELP)
     add("--bits", required=True, help="wXaY: per weight (158: ternary, or 2..8) and per activation")
-    add("--images", nargs="+", metavar="DIR", help="unlabelled images, in any tree; all folders "
-        "are drawn equally often (default: generated/<model>, painted first if missing)")
+    add("--images", nargs="+", metavar="DIR", help="trees of unlabelled images, each drawn as "
+        "often as it is named (default: generated/<model>, painted first if missing)")
     add("--data", metavar="DIR", help="images for the last table: a folder per class, or no labels")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
     add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
@@ -352,19 +358,13 @@ def parse():
 
 def read_images(folders, preprocessing, device):
     """This process's share of the images of some folders, uint8 (N, 3, S, S), with a margin for
-    crops, and their sampling probabilities, (N,).
-
-    All folders are drawn equally often, so that a thousand sharp photographs of what the network is
-    for are not lost among twenty thousand others.
-    """
+    crops."""
     transform = preprocessing.pixels(2 * round(MARGIN * preprocessing.crop / 2))
     rank, processes = rank_and_processes()
     # all folders are listed, which may raise BadInput, before any image is decoded
     shares = [paths[rank::processes] or paths for paths in map(list_images, folders)]
-    images = [torch.cat([pixels for _, pixels in decode(paths, transform, "reading")])
-              for paths in shares]
-    probabilities = [torch.full((len(some),), 1 / (len(some) * len(images))) for some in images]
-    return torch.cat(images).to(device), torch.cat(probabilities).to(device)
+    decoded = [pixels for paths in shares for _, pixels in decode(paths, transform, "reading")]
+    return torch.cat(decoded).to(device)
 
 
 def save_anywhere(student, out, identity, about):
@@ -395,12 +395,11 @@ def main():
 
     torch.manual_seed(args.seed)  # the same in all processes
     preprocessing, teacher = classifier.preprocessing, classifier.model
-    images, probabilities = read_images(args.images, preprocessing, device)
+    images = read_images(args.images, preprocessing, device)
     args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before training
     begin = time.perf_counter()
     student = vitq.quantize_modules(copy.deepcopy(teacher), args.bits, args.edge_bits).to(device)
-    # 32 of the pictures, drawn with replacement: of a few, one may come twice
-    first = images[torch.multinomial(probabilities, INITIALIZATION_IMAGES, replacement=True)]
+    first = images[random_positions(images, INITIALIZATION_IMAGES)]
     first = preprocessing.center_crop(first, [preprocessing.crop] * 2)
     vitq.initialize(student, preprocessing.normalizer(device)(first))
     if processes > 1:  # each saw other images
@@ -408,7 +407,7 @@ def main():
             torch.distributed.broadcast(parameter, 0)
     with progress(args.steps, f"{args.method} {args.bits} on {device}", unit="step",
                   disable=not args.steps or rank > 0) as bar:
-        draw = draw_from(images, probabilities, preprocessing, args.batch)
+        draw = draw_from(images, preprocessing, args.batch)
         losses = train(student, teacher, args.method, draw, args.steps, bar)
     if rank > 0:
         return  # all of them hold the same student

@@ -508,19 +508,21 @@ def test_random_views_are_crops_and_mirrored(monkeypatch):
     assert_close(views, torch.stack([crop, crop.flip(2)]), rtol=0, atol=1e-3)
 
 
-def test_every_folder_is_drawn_as_often(workplace, capsys, monkeypatch):
-    """Also where a picture of one of them cannot be decoded, which is named; and each of two
-    processes has its own half of the pictures."""
+def test_every_picture_is_drawn_as_often(workplace, capsys, monkeypatch):
+    """Those of all folders, those of a folder named twice twice; one that cannot be decoded is
+    named; and each of two processes has its own half of the pictures."""
     Path("wrong/kitten/cut.jpg").write_bytes(Path("photos/0.jpg").read_bytes()[:300])
     preprocessing = preprocessing_of(random_model("vit"))
-    images, probabilities = quantize.read_images(["photos", "wrong"], preprocessing, CPU)
+    images = quantize.read_images(["photos", "wrong"], preprocessing, CPU)
     assert images.shape == (41, 3, 36, 36)
-    assert_close(probabilities, torch.tensor([1 / 80] * 40 + [1 / 2]))
+    torch.manual_seed(0)
+    drawn = quantize.random_positions(images, 41_000).bincount(minlength=41)
+    assert (drawn - 1000).abs().max() < 160  # five standard deviations
     assert re.search("skipped 1 of 2 images.*cut.jpg", capsys.readouterr().err)
     for rank in range(2):
         monkeypatch.setattr(quantize, "rank_and_processes", lambda: (rank, 2))
-        share, _ = quantize.read_images(["photos"], preprocessing, CPU)
-        assert torch.equal(share, images[:40][rank::2])
+        share = quantize.read_images(["photos", "photos"], preprocessing, CPU)
+        assert torch.equal(share, images[:40][rank::2].repeat(2, 1, 1, 1))
 
 
 def test_the_stages_of_block_by_block():
@@ -542,8 +544,8 @@ def pictures(count, side=40):
 
 
 def train_on(images, student, teacher, preprocessing, steps, batch, method="joint"):
-    """Train on uint8 images, all of them as likely; returns the losses."""
-    draw = quantize.draw_from(images, torch.ones(len(images)), preprocessing, batch)
+    """Train on uint8 images; returns the losses."""
+    draw = quantize.draw_from(images, preprocessing, batch)
     return quantize.train(student, teacher, method, draw, steps,
                           evaluation.progress(steps, "training", disable=True))
 
