@@ -91,7 +91,7 @@ def mean_cosine(vectors):
 
 
 def features(classifier, images):
-    """f and phi of Eq. (14) and (16): logits (B, classes), phi (B, blocks x channels). [ours]
+    """f and phi of Eq. (14) and (16): logits (B, classes), phi (B, channels of all blocks). [ours]
 
     images: float (B, 3, H, W) in [0, 1], of any size, on the model's device. phi: the mean token of
     every block's output, each scaled to unit length, so that all blocks count alike. The head's own
@@ -227,8 +227,9 @@ def constants():
 
 
 def save_prompts(path, texts, pseudo_tokens, settings):
-    """One class's prompts: the pseudo-tokens in float16 (164 kB for 20 modes of SD-Turbo), the rest
-    as metadata. Their numbers are about 0.01, where float16 is finer than bfloat16."""
+    """One class's prompts: the pseudo-tokens in float16 (164 kB for 20 modes of SD-Turbo), since
+    their numbers are about 0.01, where float16 is finer than bfloat16; the settings as a tensor of
+    bytes; the texts as metadata."""
     settings = torch.tensor([*json.dumps(settings).encode()], dtype=torch.uint8)
     tensors = {"pseudo_tokens": pseudo_tokens.half().cpu(), "settings": settings}
     # one item of metadata: of several, the order would vary

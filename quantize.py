@@ -176,7 +176,7 @@ def random_views(images, size, u):
 
 
 def random_positions(images, count):
-    """Positions of `count` of the images, drawn with replacement, each as likely."""
+    """Positions of `count` of the images, drawn with replacement, all equally likely."""
     uniform = torch.full((len(images),), 1 / len(images), device=images.device)
     return torch.multinomial(uniform, count, replacement=True)
 
@@ -279,7 +279,7 @@ def recorded(step, device):
     run. Replayed as a whole, they run without a gap. What changes from step to step has to lie in
     tensors that are written in place. Recording needs a stream of its own.
     """
-    if device.type == "cpu":
+    if device.type != "cuda":
         return step
     stream, graph, calls = torch.cuda.Stream(device), torch.cuda.CUDAGraph(), []
 
@@ -329,8 +329,8 @@ def parser():
     add = parser.add_argument
     add("--model", required=True, help=MODEL_HELP)
     add("--bits", required=True, help="wXaY: per weight (158: ternary, or 2..8) and per activation")
-    add("--images", nargs="+", metavar="DIR", help="trees of unlabelled images, each drawn as "
-        "often as it is named (default: generated/<model>, painted first if missing)")
+    add("--images", nargs="+", metavar="DIR", help="trees of unlabelled images, all drawn equally "
+        "often (default: generated/<model>, painted first if missing)")
     add("--data", metavar="DIR", help="images for the last table: a folder per class, or no labels")
     add("--method", choices=["joint", "block", "rtn"], default="joint", help="default: %(default)s")
     add("--edge-bits", choices=["8", "same"], default="8", help="of patch embedding and head")
@@ -368,7 +368,8 @@ def read_images(folders, preprocessing, device):
 
 
 def save_anywhere(student, out, identity, about):
-    """Save to `out`, or, since training took long, to a temporary folder. Returns the bytes."""
+    """Save to `out`. Returns the size in bytes. If that fails, saves to a temporary folder instead,
+    since training took long, and raises BadInput with its name."""
     try:
         check_output(out, identity)  # again: others may have written there since
         return save_quantized(student, out, {**identity, **about})
