@@ -42,9 +42,13 @@ OUR_FILES = "grid.png", "prompts.safetensors"  # of generate.py, beside its pict
 def list_images(folder):
     """All image files below a folder, sorted. Links are followed, each folder is visited once;
     names that begin with a dot are passed over, and so are other files, which one line on stderr
-    counts. Raises BadInput if there are no images."""
+    counts. Raises BadInput if there are no images, or if a folder may not be read."""
+    def refuse(error):  # os.walk would pass over it; a missing one is refused below
+        require(isinstance(error, (FileNotFoundError, NotADirectoryError)), error.filename,
+                "cannot be read", "give access to it, or leave it out")
+
     paths, visited = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         seen = os.path.realpath(place) in visited
         visited.add(os.path.realpath(place))
         folders[:] = () if seen else [name for name in folders if name[0] != "."]

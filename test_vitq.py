@@ -1100,6 +1100,15 @@ def test_thousands_of_classes_are_found_at_once(capsys):
     assert capsys.readouterr().err == said
 
 
+def test_a_folder_that_may_not_be_read_is_refused(monkeypatch):
+    def locked(place):
+        raise PermissionError(13, "Permission denied", place)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(checkpoints.BadInput, match="photos.* cannot be read"):
+        evaluation.list_images("photos")
+
+
 def test_class_folders(tmp_path):
     names = ["kite, soaring bird", "crane", "great white shark", "crane"]
     for rank, wnid in enumerate(("n01440764", "n01443537", "n01484850", "n01491361")):
