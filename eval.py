@@ -34,7 +34,7 @@ from checkpoints import (MODEL_HELP, BadInput, load_classifier, load_result, rea
 
 CHUNK = 256  # pictures that are decoded together
 IMAGE_SUFFIXES = *IMG_EXTENSIONS, ".avif", ".gif", ".jfif", ".jp2"
-OUR_FILES = "grid.png", "prompts.safetensors"  # of generate.py, beside its pictures
+OUR_FILES = "prompts.safetensors", "grid.png"  # of generate.py, beside its pictures
 
 
 # -------------------- Images
@@ -52,12 +52,12 @@ def list_images(folder):
         seen = os.path.realpath(place) in visited
         visited.add(os.path.realpath(place))
         folders[:] = () if seen else [name for name in folders if name[0] != "."]
-        paths += () if seen else [Path(place, name) for name in files if name[0] != "."]
-    images = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES
-                    and path.name not in OUR_FILES)
+        ours = OUR_FILES if OUR_FILES[0] in files else ()
+        names = () if seen else [name for name in files if name[0] != "." and name not in ours]
+        paths += [Path(place, name) for name in names]
+    images = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     require(images, folder, "no folder with images", f"looked for {' '.join(IMAGE_SUFFIXES)}")
-    others = Counter(path.suffix for path in paths
-                     if path.suffix.lower() not in IMAGE_SUFFIXES and path.name not in OUR_FILES)
+    others = Counter(path.suffix for path in {*paths}.difference(images))
     if others:
         kinds = ", ".join(f"{n} {kind or 'without a suffix'}" for kind, n in others.most_common(5))
         print(f"{folder}: passed over {others.total()} files: {kinds}", file=sys.stderr)
@@ -159,7 +159,8 @@ def labelled_images(folder, names):
     paths = list_images(folder)
     if all(path.parent == Path(folder) for path in paths):
         return paths, None
-    owners = [path.relative_to(folder).parts[0] for path in paths]
+    # "." stands for no subfolder, which is no class: 21.jpg beside the others is refused
+    owners = [(*path.parent.relative_to(folder).parts, ".")[0] for path in paths]
     synsets = sorted(path.name for path in Path(folder).glob("n" + 8 * "[0-9]")
                      if not classes_named(path.name, names))
     ranks = {one: rank for rank, one in enumerate(synsets)} if len(synsets) == len(names) else {}

@@ -347,7 +347,8 @@ def parse():
     args = parser().parse_args()
     with reading("--bits", "see --help", "not followed"):
         vitq.parse_bits(args.bits)
-    require(args.method != "rtn" or not args.steps, "--steps", "rtn trains nothing", "leave it out")
+    for option in ("steps", "batch") if args.method == "rtn" else ():
+        require(not vars(args)[option], f"--{option}", "rtn trains nothing", "leave it out")
     steps, batch = (TINY_STEPS, TINY_BATCH) if args.model == "tiny" else (STEPS, BATCH)
     args.steps = 0 if args.method == "rtn" else args.steps or steps
     args.batch = args.batch or batch

@@ -937,7 +937,7 @@ def template(tmp_path_factory):
     folder = tmp_path_factory.mktemp("template")
     for i, picture in enumerate(pictures(40)):
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        for path in (f"photos/{i}.jpg", "photos/grid.png", "wrong/kitten/0.webp", "broken/0.jpg",
+        for path in (f"photos/{i}.jpg", "wrong/kitten/0.webp", "broken/0.jpg",
                      f"imagenet/val/{i % 10:04d}_class/{i}.PNG"):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             image.save(folder / path)
@@ -1122,21 +1122,25 @@ def test_class_folders(tmp_path):
     for folder, name in ((tmp_path, "val"), (tmp_path / "val", "n01443537")):
         with pytest.raises(checkpoints.BadInput, match=f"'{name}': is none of the model's 4"):
             evaluation.labelled_images(folder, names)
+    (tmp_path / "val" / "0001_beside.jpg").touch()  # its name is not a class
+    with pytest.raises(checkpoints.BadInput, match="'.': is none of the model's 4"):
+        evaluation.labelled_images(tmp_path / "val", names)
 
 
 def test_which_files_are_images(tmp_path, capsys):
-    """Links are followed, but not round in a loop, names that begin with a dot passed over in
-    silence, other files counted."""
-    for path in ("store/0.PNG", "val/hen/2.gif", "val/hen/.3.png", "val/.old/4.png",
-                 "val/hen/grid.png", "val/hen/5.jpg/6.tif", "val/7.HEIC", "val/8.HEIC", "val/9"):
+    """Links are followed, but not round in a loop; passed over in silence are names that begin with
+    a dot and generate.py's own files, but not a user's grid.png; other files are counted."""
+    for path in ("store/0.PNG", "store/grid.png", "val/hen/2.gif", "val/hen/.3.png",
+                 "val/.old/4.png", "val/hen/grid.png", "val/hen/prompts.safetensors",
+                 "val/hen/5.jpg/6.tif", "val/7.HEIC", "val/8.HEIC", "val/9"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     for link, target in (("val/kite", "store"), ("val/hen/1.jpg", "store/0.PNG"),
                          ("val/hen/loop", "val"), ("store/to", "store"), ("all", "val")):
         (tmp_path / link).symlink_to(tmp_path / target)
     paths, labels = evaluation.labelled_images(tmp_path / "all", ["hen", "kite"])
-    found = ["hen/1.jpg", "hen/2.gif", "hen/5.jpg/6.tif", "kite/0.PNG"]
-    assert paths == [tmp_path / "all" / file for file in found] and labels == [0, 0, 0, 1]
+    found = ["hen/1.jpg", "hen/2.gif", "hen/5.jpg/6.tif", "kite/0.PNG", "kite/grid.png"]
+    assert paths == [tmp_path / "all" / file for file in found] and labels == [0, 0, 0, 1, 1]
     line, = capsys.readouterr().err.splitlines()
     assert all(said in line for said in ("over 3 files", "2 .HEIC", "1 without a suffix"))
 
@@ -1166,6 +1170,7 @@ def test_kinds_of_pictures_and_their_number(workplace, command):
     *((f"{QUANTIZE} --bits {bits}", [f"'{bits}'", "w4a4"]) for bits in ("w9a4", "w158a8x")),
     (f"{QUANTIZE} --images photos --bits w4a4", ["--images", "more than once"]),
     (f"{QUANTIZE} --bits w4a4 --steps 0", ["--steps", "1 to"]),
+    (f"{QUANTIZE} --bits w4a4 --method rtn --batch 8", ["--batch", "rtn", "leave it out"]),
     (f"{QUANTIZE} --bits w4a4 --device meta", ["meta", "--device cpu"]),
     (f"{QUANTIZE} --bits w4a4 --out imagenet", ["imagenet", "left alone"]),
     (f"{QUANTIZE} --bits w4a4 --data=", ["argument is empty"]),
