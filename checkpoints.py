@@ -87,7 +87,7 @@ class Preprocessing:
         return lambda image: VF.pil_to_tensor(self.center_crop(resize(image), [crop, crop]))
 
     def center_crop(self, image, size):
-        """Of half a pixel: torchvision and timm round the corner to even, transformers down."""
+        """The centre. A corner at half a pixel goes to the even one (torchvision, timm) or down."""
         if not self.rounds:
             sides = (side - max(side - crop, 0) % 2 for side, crop in zip(VF.get_size(image), size))
             image = VF.crop(image, 0, 0, *sides)

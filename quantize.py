@@ -95,8 +95,8 @@ def joint_loss(features, quantized_features, logits, quantized_logits, class_tok
     Why jointly? A block that is trained alone makes its own error small. It cannot know which
     errors the later blocks can still repair, nor that one which it leaves small is amplified
     further up, and what is left adds up from block to block. One loss on all block outputs and on
-    the logits weighs each error by what it does to the answer, and a later layer learns to undo
-    what an earlier one could not avoid. `--method block` is the comparison.
+    the logits weighs each error by what it does to them, and a later layer learns to undo what an
+    earlier one could not avoid. `--method block` is the comparison.
     """
     return (FEATURE_WEIGHT * feature_loss(features, quantized_features, class_tokens)
             + LOGIT_WEIGHT * logit_loss(logits, quantized_logits))

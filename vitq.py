@@ -261,9 +261,10 @@ class QuantWeight:
 
 
 class QuantLinear(QuantWeight, nn.Linear):
-    """y = s_x s_w ((q_x - z) q_w^T) + b: an integer product, then one factor per output channel.
+    """y = s_x s_w (q_x q_w^T) + b: an integer product, then one factor per output channel.
 
-    x (..., in) -> y (..., out). Still an nn.Linear, because transformers reads its `weight`.
+    x (..., in) -> y (..., out); q_x is the q - z of Eq. (1). Still an nn.Linear, because
+    transformers reads its `weight`.
     """
     sizes = "in_features", "out_features"  # what nn.Linear is made from
 
@@ -356,7 +357,8 @@ def modules_of(model, kind):
 def quantize_modules(model, bits, edge_bits=8):
     """Put the fake-quant modules into `model`, in place; `initialize` then sets their scales.
 
-    bits such as "w4a4"; edge_bits 8, or "same": patch embedding and head have the bits of the rest.
+    bits such as "w4a4"; edge_bits 8, or "same": patch embedding and head have the bits of the rest,
+    but for the image, which always has 8.
     No parameter requires gradients, until a training asks for them.
     Raises ValueError for another architecture than ViT, DeiT and Swin for image classification.
     """
