@@ -57,7 +57,7 @@ def list_images(folder):
         paths += [Path(place, name) for name in names]
     images = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     require(images, folder, "no folder with images", f"looked for {' '.join(IMAGE_SUFFIXES)}")
-    others = Counter(path.suffix for path in {*paths}.difference(images))
+    others = Counter(path.suffix for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES)
     if others:
         kinds = ", ".join(f"{n} {kind or 'without a suffix'}" for kind, n in others.most_common(5))
         print(f"{folder}: passed over {others.total()} files: {kinds}", file=sys.stderr)
@@ -154,13 +154,16 @@ def labelled_images(folder, names):
     """Images and their labels: (paths, class indices), or (paths, None) if none is in a subfolder.
 
     A subfolder is a class: by name, by index, or, if there is one like ImageNet's n01440764 for
-    each class, by rank. Raises BadInput if it holds images and matches no class.
+    each class, by rank. Raises BadInput if it holds images and matches no class, or if images lie
+    beside the subfolders.
     """
     paths = list_images(folder)
-    if all(path.parent == Path(folder) for path in paths):
+    loose = [path.name for path in paths if path.parent == Path(folder)]
+    if len(loose) == len(paths):
         return paths, None
-    # "." stands for no subfolder, which is no class: 21.jpg beside the others is refused
-    owners = [(*path.parent.relative_to(folder).parts, ".")[0] for path in paths]
+    # or 0021_kite.jpg would count as the class folder of that name
+    require(not loose, folder, f"{loose[:1]} beside class folders", "move it into one of them")
+    owners = [path.relative_to(folder).parts[0] for path in paths]
     synsets = sorted(path.name for path in Path(folder).glob("n" + 8 * "[0-9]")
                      if not classes_named(path.name, names))
     ranks = {one: rank for rank, one in enumerate(synsets)} if len(synsets) == len(names) else {}

@@ -1122,8 +1122,8 @@ def test_class_folders(tmp_path):
     for folder, name in ((tmp_path, "val"), (tmp_path / "val", "n01443537")):
         with pytest.raises(checkpoints.BadInput, match=f"'{name}': is none of the model's 4"):
             evaluation.labelled_images(folder, names)
-    (tmp_path / "val" / "0001_beside.jpg").touch()  # its name is not a class
-    with pytest.raises(checkpoints.BadInput, match="'.': is none of the model's 4"):
+    (tmp_path / "val" / "0001_loose.jpg").touch()  # it is not class 1
+    with pytest.raises(checkpoints.BadInput, match="0001_loose.jpg.* beside class folders; move"):
         evaluation.labelled_images(tmp_path / "val", names)
 
 
