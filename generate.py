@@ -8,10 +8,10 @@
     python generate.py --model tiny --class kite --prompts class  # "a photo of kite"
 
 The pictures go to generated/<model>/<index>_<class>/m03_0007.png (mode 3, picture 7), beside
-grid.png, a row per mode, and prompts.safetensors. Those of the baselines go to
-generated/<model>-text and -class. A class that is done is not made again. Eq. (13) is the sampler
-below; Eq. (12) and (14)-(17) are in prompts.py. A class takes 5 to 7 s on an H200, the 1,000 of
-ImageNet under two hours; torchrun divides them between GPUs.
+grid.png, a row per mode (five to a row, if each has one picture), and prompts.safetensors. Those
+of the baselines go to generated/<model>-text and -class. A class that is done is not made again.
+Eq. (13) is the sampler below; Eq. (12) and (14)-(17) are in prompts.py. A class takes 5 to 7 s on
+an H200, the 1,000 of ImageNet under two hours; torchrun divides them between GPUs.
 """
 import hashlib
 import io
@@ -38,7 +38,7 @@ TINY_TURBO = "tiny/turbo"  # comes with this code
 PARTS = "scheduler", "text_encoder", "tokenizer", "unet", "vae", "taesd"  # of a generator's folder
 GENERATOR_REMEDY = "give SD-Turbo, a folder of diffusers, or --model tiny"
 MODES = 20  # [paper]: several; the number is [ours]
-PICTURES = 960  # for quantize.py: at least this many, and at least one per prompt
+PICTURES = 960  # of all classes together: at least this many, and at least one per prompt
 PROMPTS_FILE = "prompts.safetensors"
 
 
@@ -229,7 +229,7 @@ def paint(sampler, folder, label, texts, v, per_mode, seed, micro_batch):
     with ThreadPoolExecutor() as pool:
         list(pool.map(write_png, pictures, picture_paths(folder, len(texts), per_mode)))
     small = VF.resize(pictures, [min(pictures.shape[-1], 128)] * 2)  # an overview, of a few MB
-    write_png(make_grid(small, per_mode), folder / "grid.png")
+    write_png(make_grid(small, per_mode if per_mode > 1 else 5), folder / "grid.png")
 
 
 def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, bar):
@@ -316,8 +316,8 @@ def parser():
         help="learned, or a baseline (default: %(default)s)")
     add("--modes", type=whole_number(1, 9999), default=MODES,
         help="prompts per class (%(default)s)")
-    add("--per-mode", type=whole_number(1, 9999), default=4,
-        help="pictures per prompt (%(default)s)")
+    add("--per-mode", type=whole_number(1, 9999),
+        help=f"pictures per prompt (default: for {PICTURES} of all classes, at least 1)")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     add("--out", metavar="DIR", help="default: generated/<model>, or <model>-<prompts>")
     return parser
@@ -344,6 +344,12 @@ def default_folder(model, kind="learned"):
     return Path("generated") / (Path(model).resolve().name + {"learned": ""}.get(kind, f"-{kind}"))
 
 
+def pictures_per_mode(classes, modes):
+    """Pictures per prompt for PICTURES of all `classes`, however few of them are painted now:
+    quantize.py draws every picture equally often, so every class should have as many."""
+    return math.ceil(PICTURES / (classes * modes))
+
+
 def paint_missing(model, classifier, device):
     """For quantize.py: the folder generated/<model>, after painting what it lacks."""
     folder, names = default_folder(model), classifier.class_names
@@ -351,7 +357,7 @@ def paint_missing(model, classifier, device):
     others = {*folder.glob("[!.]*/")} - {class_folder(folder, i, names) for i in range(len(names))}
     require(not others, folder, f"{sorted(path.name for path in others)[:3]} are no classes of the "
             "model", "move them away")
-    per_mode = math.ceil(PICTURES / (len(names) * MODES))
+    per_mode = pictures_per_mode(len(names), MODES)
     settings = settings_of(classifier, generator)
     fill(folder, classifier, range(len(names)), device, per_mode, settings, generator)
     return str(folder)
@@ -367,7 +373,8 @@ def main():
     generator = args.generator or (TINY_TURBO if args.model == "tiny" else SD_TURBO)
     settings = settings_of(classifier, generator, args.prompts, args.modes, args.seed)
     out = Path(args.out or default_folder(args.model, args.prompts))
-    fill(out, classifier, labels, device, args.per_mode, settings, generator)
+    per_mode = args.per_mode or pictures_per_mode(len(names), args.modes)
+    fill(out, classifier, labels, device, per_mode, settings, generator)
     if rank_and_processes()[0] == 0:
         print(f"{summary(out, classifier, labels, device)}, {time.perf_counter() - begin:.0f} s")
 

@@ -792,19 +792,20 @@ def test_a_batch_that_does_not_fit_is_halved(workplace, command, monkeypatch):
         return learn(*arguments)
 
     monkeypatch.setattr(prompts, "learn", too_large)
-    assert "20 pictures" in command(f"{GENERATE} --modes 5").out and tried == [5, 3, 2]
+    assert "20 pictures" in command(f"{GENERATE} --modes 5 --per-mode 4").out and tried == [5, 3, 2]
 
 
 def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, monkeypatch):
     line, folder = f"{GENERATE} --modes 3", Path("generated/tiny/0000_kite")
-    out, err = command(f"{line} --per-mode 2")
+    monkeypatch.setattr(generate, "PICTURES", 72)  # a class of twelve: 6
+    out, err = command(line)
     assert re.search(r"6 pictures, [\d.]+ % recognised, .* cosine -?[\d.]+ on cpu, \d+ s", out)
     assert "painting 1 of 1 classes, 6 pictures each" in err
     names = [f"m{mode:02d}_{number:04d}.png" for mode in range(3) for number in range(2)]
     assert len([*folder.iterdir()]) == 8 and Image.open(folder / "grid.png").size == (70, 104)
     before = np.stack([Image.open(folder / name) for name in names]).astype(int)
     monkeypatch.setattr(prompts, "learn", None)  # the prompts are there: not learned again
-    command(line)
+    command(f"{line} --per-mode 4")
     after = np.stack([Image.open(folder / name) for name in names])
     # a picture does not depend on what else is painted
     assert np.abs(after - before).max() <= 1 and np.abs(before[0] - before[2]).max() > 50
