@@ -7,7 +7,7 @@
     python generate.py --model tiny --class kite --prompts text   # "a small photo of red kite"
     python generate.py --model tiny --class kite --prompts class  # "a photo of kite"
 
-The pictures go to generated/<model>/<index>_<class>/m03_0007.png (mode 3, picture 7), beside
+The pictures go to generated/<model>/<index>_<class>/m03_0000.png (mode 3, picture 0), beside
 grid.png, a row per mode (five to a row, if each has one picture), and prompts.safetensors. Those
 of the baselines go to generated/<model>-text and -class. A class that is done is not made again.
 Eq. (13) is the sampler below; Eq. (12) and (14)-(17) are in prompts.py. A class takes 5 to 7 s on
@@ -38,7 +38,7 @@ TINY_TURBO = "tiny/turbo"  # comes with this code
 PARTS = "scheduler", "text_encoder", "tokenizer", "unet", "vae", "taesd"  # of a generator's folder
 GENERATOR_REMEDY = "give SD-Turbo, a folder of diffusers, or --model tiny"
 MODES = 20  # [paper]: several; the number is [ours]
-PICTURES = 960  # of all classes together: at least this many, and at least one per prompt
+PICTURES = 960  # of all classes together, or more: at least one per prompt
 PROMPTS_FILE = "prompts.safetensors"
 
 
@@ -253,11 +253,15 @@ def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, ba
 def fill(out, classifier, labels, device, per_mode, settings, generator):
     """Learn the prompts and paint the pictures of the classes `labels` that are not done yet.
 
+    per_mode: pictures per prompt; None: as few as make PICTURES of all the model's classes, however
+    few of them are painted now. quantize.py draws every picture equally often, so no class should
+    have more than another.
     settings: of `settings_of`; they are written beside the prompts. The classifier is on the device
     already. Each of several processes takes its share of the classes; all return when all are done.
     Raises BadInput, before painting, if a class was made with other settings.
     """
     rank, processes = rank_and_processes()
+    per_mode = per_mode or math.ceil(PICTURES / (len(classifier.class_names) * settings["modes"]))
     folders = {label: class_folder(out, label, classifier.class_names) for label in labels}
     # every process looks at all of them: none paints if one class was made with other settings
     done = {label: is_done(folder, settings, per_mode) for label, folder in folders.items()}
@@ -317,7 +321,7 @@ def parser():
     add("--modes", type=whole_number(1, 9999), default=MODES,
         help="prompts per class (%(default)s)")
     add("--per-mode", type=whole_number(1, 9999),
-        help=f"pictures per prompt (default: for {PICTURES} of all classes, at least 1)")
+        help=f"pictures per prompt (default: the least that makes {PICTURES} of all classes)")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     add("--out", metavar="DIR", help="default: generated/<model>, or <model>-<prompts>")
     return parser
@@ -344,12 +348,6 @@ def default_folder(model, kind="learned"):
     return Path("generated") / (Path(model).resolve().name + {"learned": ""}.get(kind, f"-{kind}"))
 
 
-def pictures_per_mode(classes, modes):
-    """Pictures per prompt for PICTURES of all `classes`, however few of them are painted now:
-    quantize.py draws every picture equally often, so every class should have as many."""
-    return math.ceil(PICTURES / (classes * modes))
-
-
 def paint_missing(model, classifier, device):
     """For quantize.py: the folder generated/<model>, after painting what it lacks."""
     folder, names = default_folder(model), classifier.class_names
@@ -357,9 +355,8 @@ def paint_missing(model, classifier, device):
     others = {*folder.glob("[!.]*/")} - {class_folder(folder, i, names) for i in range(len(names))}
     require(not others, folder, f"{sorted(path.name for path in others)[:3]} are no classes of the "
             "model", "move them away")
-    per_mode = pictures_per_mode(len(names), MODES)
     settings = settings_of(classifier, generator)
-    fill(folder, classifier, range(len(names)), device, per_mode, settings, generator)
+    fill(folder, classifier, range(len(names)), device, None, settings, generator)
     return str(folder)
 
 
@@ -373,8 +370,7 @@ def main():
     generator = args.generator or (TINY_TURBO if args.model == "tiny" else SD_TURBO)
     settings = settings_of(classifier, generator, args.prompts, args.modes, args.seed)
     out = Path(args.out or default_folder(args.model, args.prompts))
-    per_mode = args.per_mode or pictures_per_mode(len(names), args.modes)
-    fill(out, classifier, labels, device, per_mode, settings, generator)
+    fill(out, classifier, labels, device, args.per_mode, settings, generator)
     if rank_and_processes()[0] == 0:
         print(f"{summary(out, classifier, labels, device)}, {time.perf_counter() - begin:.0f} s")
 

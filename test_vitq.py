@@ -797,7 +797,7 @@ def test_a_batch_that_does_not_fit_is_halved(workplace, command, monkeypatch):
 
 def test_generate_writes_and_makes_nothing_twice(workplace, command, refused, monkeypatch):
     line, folder = f"{GENERATE} --modes 3", Path("generated/tiny/0000_kite")
-    monkeypatch.setattr(generate, "PICTURES", 72)  # a class of twelve: 6
+    monkeypatch.setattr(generate, "PICTURES", 72)  # of 12 classes x 3 modes: 2 each
     out, err = command(line)
     assert re.search(r"6 pictures, [\d.]+ % recognised, .* cosine -?[\d.]+ on cpu, \d+ s", out)
     assert "painting 1 of 1 classes, 6 pictures each" in err
@@ -923,8 +923,10 @@ def test_hub_ids_load_from_the_cache_without_network(workplace, command, refused
     rewrite(deit, config={"label_names": BIRDS})
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(workplace / "cache"))
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    line = "generate.py --class bird_3 --modes 2 --per-mode 1 --prompts class"
+    line = "generate.py --class bird_3 --modes 2 --prompts class"
     assert "generated/deit_s-class: 2 pictures" in command(line).out
+    grid = Image.open("generated/deit_s-class/0003_bird_3/grid.png")
+    assert grid.size == (70, 36)  # both in one row
     shutil.rmtree("cache/models--madebyollin--taesd")
     refused(f"{line} --out again", "could not be had from the hub", "give SD-Turbo")
 
