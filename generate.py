@@ -38,7 +38,7 @@ TINY_TURBO = "tiny/turbo"  # comes with this code
 PARTS = "scheduler", "text_encoder", "tokenizer", "unet", "vae", "taesd"  # of a generator's folder
 GENERATOR_REMEDY = "give SD-Turbo, a folder of diffusers, or --model tiny"
 MODES = 20  # [paper]: several; the number is [ours]
-PICTURES = 960  # of all classes together, or more: at least one per prompt
+PICTURES = 960  # of all classes together; more, if there are more prompts
 PROMPTS_FILE = "prompts.safetensors"
 
 
@@ -253,9 +253,9 @@ def make(sampler, classifier, label, folder, per_mode, settings, micro_batch, ba
 def fill(out, classifier, labels, device, per_mode, settings, generator):
     """Learn the prompts and paint the pictures of the classes `labels` that are not done yet.
 
-    per_mode: pictures per prompt; None: as few as make PICTURES of all the model's classes, however
-    few of them are painted now. quantize.py draws every picture equally often, so no class should
-    have more than another.
+    per_mode: pictures per prompt. None: enough for PICTURES of all the model's classes, even if few
+    are painted now: quantize.py draws all pictures equally often, so a class should not have more
+    of them than another.
     settings: of `settings_of`; they are written beside the prompts. The classifier is on the device
     already. Each of several processes takes its share of the classes; all return when all are done.
     Raises BadInput, before painting, if a class was made with other settings.
@@ -321,7 +321,7 @@ def parser():
     add("--modes", type=whole_number(1, 9999), default=MODES,
         help="prompts per class (%(default)s)")
     add("--per-mode", type=whole_number(1, 9999),
-        help=f"pictures per prompt (default: the least that makes {PICTURES} of all classes)")
+        help=f"pictures per prompt (default: enough for {PICTURES} of all classes)")
     add("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     add("--out", metavar="DIR", help="default: generated/<model>, or <model>-<prompts>")
     return parser
